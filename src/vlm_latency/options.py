@@ -1,0 +1,370 @@
+"""Every parameter a user can set, one frozen pydantic model per group.
+
+``Options.from_parameters`` validates the whole parameter tree at once (all errors are listed by
+path, with the nearest right name for a mistyped one); ``Options.experiment("exp3")`` gives the
+*effective* options of one experiment: built-in default < ``protocol`` preset < shared group <
+the experiment's own override. A value of ``None`` in a field that the preset knows means "as the
+protocol says".
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vlm_latency.errors import UserError
+
+EXPERIMENTS = ("exp1", "exp2", "exp3", "exp4", "exp5")
+MEASURED = EXPERIMENTS[:4]
+
+Method = Literal["timeline", "subtraction", "hook"]
+Estimator = Literal["analytic", "counted", "parameter_rule"]
+
+
+def _words(value: Any) -> Any:
+    """Lists do not parse on Kedro's command line: take ``"8 16 32"`` as well, and one number."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [value] if isinstance(value, int | float) else value
+
+
+def _output_length(value: Any) -> str:
+    text = str(value)
+    if text in {"natural", "answer", "none"} or (text.isdigit() and int(text) > 0):
+        return text
+    raise ValueError(f"found {value!r}; expected natural, answer, none or a positive number")
+
+
+Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
+Sizes = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Folders = Annotated[tuple[str, ...], BeforeValidator(_words)]
+OutputLength = Annotated[str, BeforeValidator(_output_length)]
+
+
+class Group(BaseModel):
+    """A group of parameters: unknown names are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelOptions(Group):
+    """``model.*``: which model, with which weights, where and how it runs."""
+
+    name: str | None = "tiny-molmo"  # zoo name, hub id or local folder
+    weights: Literal["auto", "pretrained", "random"] = "auto"
+    revision: str | None = None
+    zoo_file: str | None = None  # a user's own zoo, laid over the built-in one
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str = "sdpa"
+    float32_attention: bool | None = None  # Molmo only; None = as the reference
+    engine: Literal["eager", "static", "compiled"] = "eager"
+    max_crops: Annotated[int, Field(ge=1)] | None = None  # tiles; None = the model's own
+    seed: int = 0
+    trust_remote_code: bool = False
+    num_threads: Annotated[int, Field(ge=1)] = 1  # CPU threads while measuring
+
+
+class ColumnNames(Group):
+    """``dataset.columns.*``: what a hub dataset calls its columns."""
+
+    question: str = "question"
+    question_id: str | None = "question_id"
+    image_id: str | None = "image_id"
+    image: str = "image"
+    answers: str | None = "answers"
+    answer: str | None = "multiple_choice_answer"
+    question_type: str | None = "question_type"
+    answer_type: str | None = "answer_type"
+
+
+class DatasetOptions(Group):
+    """``dataset.*``: where the questions and images come from."""
+
+    name: str | None = "coco_2014_vqa"
+    source: Literal["synthetic", "official", "hub", "folder"] | None = "synthetic"
+    path: str | None = None
+    split: Literal["validation", "val", "train"] = "validation"
+    hub_id: str = "lmms-lab/VQAv2"
+    revision: str | None = None
+    columns: ColumnNames = ColumnNames()
+    questions_file: str | None = None  # source=folder: the CSV or JSONL
+    seed: int = 0
+    size: Annotated[int, Field(ge=1)] | None = None  # source=synthetic: number of images
+
+
+class PromptOptions(Group):
+    """``prompt.*``: what is written around the question."""
+
+    template: str = "vqa2: {question}"
+
+    @model_validator(mode="after")
+    def _has_question(self) -> PromptOptions:
+        if "{question}" not in self.template:
+            raise ValueError(f"template {self.template!r} has no {{question}} in it")
+        return self
+
+
+class SamplingOptions(Group):
+    """``expN.sampling.*``: which requests an experiment makes."""
+
+    num_samples: Annotated[int, Field(ge=1)] | None = None
+    order: Literal["random", "first"] | None = None  # None = as the protocol says
+    seed: int = 0
+    one_question_per_image: bool = False
+    stratify_by_tiling: bool = False
+    # exp3
+    max_grid_size: Annotated[int, Field(ge=1)] | None = None
+    equal_crop_pairs: bool | None = None  # None = as the protocol says
+    sizes: Sizes | None = None  # "336x336 672x336": for models without tiles
+    # exp4
+    max_new_tokens_list: Lengths | None = None
+    tiling: str | None = None  # "2x3": one prompt size for every image; "none": as they are
+    on_too_long: Literal["refuse", "drop"] = "refuse"
+    use_eos_token: bool = False
+
+
+class MeasurementOptions(Group):
+    """``measurement.*``: how a request is timed."""
+
+    method: Method | None = None  # None = as the protocol says
+    use_hook_for_llm_prefill: bool = False
+    num_runs: Annotated[int, Field(ge=1)] = 1
+    output_length: OutputLength | None = None  # None = as the protocol says
+    max_new_tokens: Annotated[int, Field(ge=1)] = 16  # cap when output_length=natural
+    order: Literal["blocks", "ascending"] | None = None  # None = as the protocol says
+    seed: int = 0
+    warmup: Literal["plateau", "fixed"] | None = None  # None = as the protocol says
+    warmup_runs: Annotated[int, Field(ge=0)] = 3  # fixed: this many; plateau: at least this many
+    warmup_max_runs: Annotated[int, Field(ge=1)] = 20
+    noise_repeats: Annotated[int, Field(ge=0)] = 0  # requests measured once more, to know the noise
+    resume: bool = True
+    allow_partial: bool = False
+    max_failures: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the runs
+    chunk_size: Annotated[int, Field(ge=1, le=64)] = 16
+
+
+class FlopsOptions(Group):
+    """``flops.*``: which estimator fills the seed's ``flops_*`` columns."""
+
+    estimator: Estimator | None = None  # None = as the protocol says
+    counted: bool = True  # count on the meta device too (once per shape)
+
+
+class FigureOptions(Group):
+    """``figures.*``: how figures look."""
+
+    style: Literal["default", "paper"] = "default"
+    dpi: Annotated[int, Field(ge=50)] = 300
+    vision_axis: Literal["tokens", "patches"] | None = None  # None = as the protocol says
+
+
+class ExperimentOverrides(Group):
+    """``expN.*``: sampling of its own, and overrides of the shared groups."""
+
+    sampling: SamplingOptions = SamplingOptions()
+    measurement: dict[str, Any] = {}
+    flops: dict[str, Any] = {}
+
+
+class Exp5Options(Group):
+    """``exp5.*``: the two results to read (default: those under ``output_dir``)."""
+
+    vision_results: str | None = None
+    language_results: str | None = None
+    flops: dict[str, Any] = {}
+
+
+class CalibrationOptions(Group):
+    """``calibration.*``: how much the instrument is made to prove."""
+
+    pairs: Annotated[int, Field(ge=2)] = 40
+    aa_comparisons: Annotated[int, Field(ge=1)] = 200
+    aa_pairs: Annotated[int, Field(ge=2)] = 20
+    delays_ms: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)] = (
+        2.0,
+        10.0,
+        50.0,
+    )
+    injections: Annotated[int, Field(ge=1)] = 5
+    method_requests: Annotated[int, Field(ge=1)] = 12
+    output_tokens: Annotated[int, Field(ge=2)] = 8
+    tiling: str = "1x1"
+    ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
+
+
+class PredictOptions(Group):
+    """``predict.*``: a workload whose latency is asked for without running the model."""
+
+    image: str = "640x480"
+    prompt_tokens: Annotated[int, Field(ge=1)] = 16
+    output_tokens: Annotated[int, Field(ge=1)] = 16
+    vision_token_grid: Lengths = (144, 288, 576, 1152, 2304)
+    output_token_grid: Lengths = (1, 16, 64, 256, 1024)
+    keep: Annotated[tuple[float, ...], BeforeValidator(_words)] = (1.0, 0.75, 0.5, 0.25)
+    drop_layer: Annotated[int, Field(ge=1)] = 2
+    hardware: str | None = None  # a row of the hardware table; None = this machine's ceilings
+
+
+class CompareOptions(Group):
+    """``compare.*``: two results folders, or several."""
+
+    baseline: str | None = None
+    candidate: str | None = None
+    runs: Folders | None = None
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
+
+
+# What each protocol sets where the user has not: {group: {field: value}}.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "exact": {
+        "sampling": {"order": "random", "equal_crop_pairs": True},
+        "measurement": {"method": "timeline", "order": "blocks", "warmup": "plateau"},
+        "flops": {"estimator": "analytic"},
+        "figures": {"vision_axis": "tokens"},
+    },
+    "seed": {
+        "sampling": {"order": "first", "equal_crop_pairs": False},
+        "measurement": {"method": "subtraction", "order": "ascending", "warmup": "fixed"},
+        "flops": {"estimator": "parameter_rule"},
+        "figures": {"vision_axis": "patches"},
+    },
+}
+
+
+class ExperimentOptions(Group):
+    """The effective options of one experiment: nothing left to be decided."""
+
+    experiment: str
+    protocol: Literal["exact", "seed"]
+    output_dir: str
+    model: ModelOptions
+    dataset: DatasetOptions
+    prompt: PromptOptions
+    sampling: SamplingOptions
+    measurement: MeasurementOptions
+    flops: FlopsOptions
+    figures: FigureOptions
+
+
+class Options(Group):
+    """The whole parameter tree."""
+
+    output_dir: str = "data/08_reporting/motivation"
+    protocol: Literal["exact", "seed"] = "exact"
+    model: ModelOptions = ModelOptions()
+    dataset: DatasetOptions = DatasetOptions()
+    prompt: PromptOptions = PromptOptions()
+    measurement: MeasurementOptions = MeasurementOptions()
+    flops: FlopsOptions = FlopsOptions()
+    figures: FigureOptions = FigureOptions()
+    exp1: ExperimentOverrides = ExperimentOverrides()
+    exp2: ExperimentOverrides = ExperimentOverrides()
+    exp3: ExperimentOverrides = ExperimentOverrides()
+    exp4: ExperimentOverrides = ExperimentOverrides()
+    exp5: Exp5Options = Exp5Options()
+    calibration: CalibrationOptions = CalibrationOptions()
+    predict: PredictOptions = PredictOptions()
+    compare: CompareOptions = CompareOptions()
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any]) -> Options:
+        """Validate a parameter tree.
+
+        Raises
+        ------
+        UserError
+            Naming every wrong parameter by its path, what was found and what was expected.
+        """
+        try:
+            options = cls.model_validate(parameters)
+        except ValidationError as error:
+            raise UserError(_explain(error, cls)) from None
+        wrong = []
+        for name in EXPERIMENTS:
+            try:
+                options.experiment(name)
+            except ValidationError as error:
+                wrong += _explain(error, ExperimentOptions, prefix=f"{name}.").splitlines()
+        if wrong:
+            raise UserError("\n".join(dict.fromkeys(wrong)))
+        return options
+
+    def experiment(self, name: str) -> ExperimentOptions:
+        """Give the effective options of one experiment."""
+        own: Any = getattr(self, name)
+        preset = PRESETS[self.protocol]
+        sampling = getattr(own, "sampling", SamplingOptions())
+        measurement = _settle(
+            {**self.measurement.model_dump(), **getattr(own, "measurement", {})},
+            {**preset["measurement"], "output_length": _default_length(name, self)},
+        )
+        if measurement["use_hook_for_llm_prefill"]:
+            asked = {**self.measurement.model_dump(), **getattr(own, "measurement", {})}["method"]
+            if asked not in (None, "hook"):
+                raise UserError(
+                    f"{name}.measurement: use_hook_for_llm_prefill=true is another name for "
+                    f"method=hook, but method={asked} was given too; give one of them"
+                )
+            measurement["method"] = "hook"
+        return ExperimentOptions.model_validate(
+            {
+                "experiment": name,
+                "protocol": self.protocol,
+                "output_dir": self.output_dir,
+                "model": self.model.model_dump(),
+                "dataset": self.dataset.model_dump(),
+                "prompt": self.prompt.model_dump(),
+                "sampling": _settle(sampling.model_dump(), preset["sampling"]),
+                "measurement": measurement,
+                "flops": _settle({**self.flops.model_dump(), **own.flops}, preset["flops"]),
+                "figures": _settle(self.figures.model_dump(), preset["figures"]),
+            }
+        )
+
+
+def _settle(values: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
+    """Fill what was left to the protocol."""
+    return {key: preset.get(key) if value is None else value for key, value in values.items()}
+
+
+def _default_length(name: str, options: Options) -> str:
+    """What an experiment asks the model to write, where the user has not said.
+
+    ``auto`` weights are settled later (a zoo name is random): there ``natural`` becomes
+    ``answer``, which is forced to the ground-truth answer's length.
+    """
+    if name == "exp3" or (name == "exp1" and options.protocol == "seed"):
+        return "none"
+    random = options.model.weights == "random"
+    return "answer" if random else "natural"
+
+
+def _explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown parameter '{prefix}{path}'{_nearest(item['loc'], root, prefix)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            found = "" if isinstance(item["input"], dict) else f"found {item['input']!r}: "
+            lines.append(f"parameter '{prefix}{path}': {found}{message}")
+    return "\n".join(lines)
+
+
+def _nearest(loc: tuple[int | str, ...], root: type[BaseModel], prefix: str) -> str:
+    """Suggest the nearest right name beside a mistyped one."""
+    known: Any = root
+    for part in loc[:-1]:
+        known = known.model_fields[str(part)].annotation
+    names = list(known.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    parent = prefix + "".join(f"{part}." for part in loc[:-1])
+    if near:
+        return f"; did you mean '{parent}{near[0]}'?"
+    return f"; known there: {', '.join(names)}"
