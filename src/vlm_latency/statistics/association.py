@@ -1,0 +1,208 @@
+"""Does one number order, follow or fix another? FLOPs against latency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike, NDArray
+
+from vlm_latency.errors import DataError
+from vlm_latency.statistics.results import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    Result,
+    as_codes,
+    as_pairs,
+)
+
+
+@dataclass(frozen=True)
+class Correlations(Result):
+    """Pearson's r, Spearman's rho, and R² of the straight line (r²); see `correlations`."""
+
+    pearson: Estimate
+    spearman: Estimate
+    r_squared: float | None
+    n: int
+
+
+def correlations(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Correlations:
+    """Correlate two columns.
+
+    Intervals by Fisher's z; for Spearman with the variance (1 + rho²/2) / (n − 3) of Bonett and
+    Wright (2000). None where a column is constant, without interval below 4 points.
+
+    Raises
+    ------
+    DataError
+        For NaN or infinity, or unequal lengths.
+
+    Examples
+    --------
+    >>> found = correlations([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36])
+    >>> f"{found.pearson:.3f}", found.spearman.value
+    ('0.979 (0.814 to 0.998)', 1.0)
+    """
+    x, y = as_pairs(("x", "y"), x, y)
+    if min(_spread(x), _spread(y)) <= ROUNDING:
+        none = Estimate(None, None, None, level, x.size, "none", "a column is constant")
+        return Correlations(none, none, None, x.size)
+    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
+    rho = float(np.clip(scipy.stats.spearmanr(x, y).statistic, -1, 1))
+    return Correlations(
+        _fisher(r, 1.0, x.size, level),
+        _fisher(rho, 1 + rho**2 / 2, x.size, level),
+        r**2,
+        x.size,
+    )
+
+
+def rank_inversions(
+    x: ArrayLike,
+    y: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 300,
+    seed: int = 0,
+) -> Estimate:
+    """Share of pairs that `x` orders the other way round than `y` (Kendall's discordant pairs).
+
+    Pairs tied in either column are left out; for pairs of equal x see `iso_pairs`.
+
+    Returns
+    -------
+    Estimate
+        0 for the same order, 1 for the reverse, about 0.5 for none. The interval is a percentile
+        bootstrap over points, or over `clusters`. None when every pair is tied.
+
+    Raises
+    ------
+    DataError
+        For NaN or infinity, or unequal lengths.
+
+    Examples
+    --------
+    >>> rank_inversions([1, 2, 3, 4], [10, 30, 20, 40]).value
+    0.16666666666666666
+    """
+    x, y = as_pairs(("x", "y"), x, y)
+    value = _discordant(x, y)
+    if value is None:
+        return Estimate(None, None, None, level, x.size, "none", "every pair is tied")
+    codes = as_codes(clusters, x.size)
+    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(members), size=len(members))
+        rows = drawn if clusters is None else np.concatenate([members[i] for i in drawn])
+        if (share := _discordant(x[rows], y[rows])) is not None:
+            draws.append(share)
+    if len(members) < 3:
+        note = f"an interval needs at least 3 independent points, found {len(members)}"
+        return Estimate(value, None, None, level, x.size, "none", note)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high), level, x.size, "percentile bootstrap")
+
+
+@dataclass(frozen=True)
+class IsoPairs(Result):
+    """Pairs of equal x and what their y differ by; see `iso_pairs`."""
+
+    n_pairs: int
+    median_ratio: float | None
+    max_ratio: float | None
+    max_pair: tuple[int, int] | None
+    tolerance: float
+    n: int
+
+
+def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
+    """Find pairs of (nearly) equal `x`, such as FLOPs, and how far apart their `y` are.
+
+    Parameters
+    ----------
+    x, y : array_like, shape (n,)
+        All above zero. Give the mean of each shape, not every run: two runs of one shape would
+        count as a pair.
+    tolerance : float
+        Pairs with max(x) / min(x) ≤ 1 + tolerance.
+
+    Returns
+    -------
+    IsoPairs
+        Ratios are of the larger y to the smaller, so at least 1; `max_pair` holds the positions
+        of the most distant pair, the slower one second.
+
+    Raises
+    ------
+    DataError
+        For values that are not above zero, or more than 20 million pairs.
+
+    Examples
+    --------
+    >>> iso_pairs([100, 101, 200, 300], [10.0, 15.0, 20.0, 30.0])
+    IsoPairs(n_pairs=1, median_ratio=1.5, max_ratio=1.5, max_pair=(0, 1), tolerance=0.02, n=4)
+    """
+    x, y = as_pairs(("x", "y"), x, y, positive=True)
+    order = np.argsort(x, kind="stable")
+    ends = np.searchsorted(x[order], x[order] * (1 + tolerance), side="right")
+    partners = ends - np.arange(x.size) - 1
+    total = int(partners.sum())
+    if total > 20_000_000:
+        raise DataError(
+            f"{total} pairs of equal x; expected shapes: average the runs of each first"
+        )
+    if not total:
+        return IsoPairs(0, None, None, None, tolerance, x.size)
+    first = np.repeat(np.arange(x.size), partners)
+    second = first + 1 + np.arange(total) - np.repeat(np.cumsum(partners) - partners, partners)
+    ratios = y[order][second] / y[order][first]
+    size = np.maximum(ratios, 1 / ratios)
+    widest = int(size.argmax())
+    pair = (int(order[first[widest]]), int(order[second[widest]]))
+    return IsoPairs(
+        total,
+        float(np.median(size)),
+        float(size[widest]),
+        pair if ratios[widest] >= 1 else pair[::-1],
+        tolerance,
+        x.size,
+    )
+
+
+def _spread(values: Floats) -> float:
+    return float(np.ptp(values) / max(np.abs(values).max(), 1e-300))
+
+
+def _fisher(r: float, variance: float, n: int, level: float) -> Estimate:
+    if n < 4:
+        note = f"an interval needs at least 4 points, found {n}"
+        return Estimate(r, None, None, level, n, "none", note)
+    if 1 - abs(r) <= ROUNDING:
+        return Estimate(r, r, r, level, n, "Fisher's z", "every point lies on one curve")
+    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt(variance / (n - 3))
+    low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
+    return Estimate(r, float(low), float(high), level, n, "Fisher's z")
+
+
+def _discordant(x: Floats, y: Floats) -> float | None:
+    def tied(values: NDArray[np.generic]) -> int:
+        counts = np.unique(values, return_counts=True)[1]
+        return int((counts * (counts - 1) // 2).sum())
+
+    pairs = x.size * (x.size - 1) // 2
+    x_rank, y_rank = (np.unique(column, return_inverse=True)[1] for column in (x, y))
+    in_x, in_y = tied(x_rank), tied(y_rank)
+    untied = pairs - in_x - in_y + tied(x_rank * y.size + y_rank)
+    if untied == 0:
+        return None
+    tau = scipy.stats.kendalltau(
+        x_rank, y_rank
+    ).statistic  # tau-b: (P − Q) / √((all − in_x)(all − in_y))
+    surplus = round(float(tau * np.sqrt(float(pairs - in_x) * float(pairs - in_y))))
+    return (untied - surplus) / 2 / untied

@@ -1,0 +1,358 @@
+"""Two runs against each other: how much faster or slower, how sure, and what could be seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
+from vlm_latency.errors import DataError, UserError
+from vlm_latency.statistics.bootstrap import bootstrap_ratio, linearised
+from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["FASTER", "SLOWER", "SAME", "UNDECIDED"]
+
+# Intervals of fewer pairs raise more false alarms than they promise.
+ENOUGH_PAIRS = 20
+COMPONENTS = (
+    "T_total",
+    "T_vision_encoder",
+    "T_projector",
+    "T_vision_total",
+    "T_LLM_prefill",
+    "T_LLM_decode",
+    "T_other",
+    "T_first_token",
+    "T_per_output_token",
+    "T_preprocess",
+)
+SHAPE = ("num_crops", "num_vision_tokens", "num_output_tokens")
+PATCHES_PER_CROP = 576
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """Candidate against baseline; see `compare_paired` for the meaning of the verdict.
+
+    `smallest_visible` is the half-width of the interval as a share of the ratio: differences
+    below it could not have been told from none. `different` says that the interval excludes 1.
+    """
+
+    ratio: Estimate
+    verdict: Verdict
+    different: bool
+    smallest_visible: float | None
+    margin: float
+    baseline_mean: float
+    candidate_mean: float
+    n_pairs: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        seen = self.smallest_visible
+        limit = "" if seen is None else f", differences under {seen:.1%} cannot be seen"
+        return f"{self.verdict}: ratio {self.ratio:.3f}, {self.n_pairs} pairs{limit}"
+
+
+def compare_paired(
+    baseline: ArrayLike,
+    candidate: ArrayLike,
+    level: float = 0.95,
+    margin: float = 0.02,
+    clusters: ArrayLike | None = None,
+) -> Comparison:
+    """Compare interleaved pairs of latencies by Student's t on the logarithm of their ratios.
+
+    Parameters
+    ----------
+    baseline, candidate : array_like, shape (n,)
+        One pair per position, in the same unit. Where a value is not above zero (a clamped
+        component) the ratio of the means with a bootstrap interval stands in, and `ratio.method`
+        says so.
+    level : float
+        Confidence level.
+    margin : float
+        Differences up to this share do not matter.
+    clusters : array_like, shape (n,), optional
+        The image of each pair.
+
+    Returns
+    -------
+    Comparison
+        With [low, high] the interval of the ratio candidate / baseline (a geometric mean):
+
+        * SAME: 1 − margin ≤ low and high ≤ 1 + margin;
+        * FASTER: high < 1, and not SAME;
+        * SLOWER: low > 1, and not SAME;
+        * UNDECIDED: otherwise, or without an interval (one pair).
+
+        So a difference that is certain and within the margin is SAME. Pairs of one constant
+        ratio have an interval of width zero.
+
+    Raises
+    ------
+    DataError
+        For NaN or infinity, no pairs, or unequal lengths.
+
+    Examples
+    --------
+    >>> baseline = np.tile([100.0, 101.0, 99.0, 100.5, 99.5], 4)
+    >>> print(compare_paired(baseline, 1.1 * baseline[::-1]))
+    SLOWER: ratio 1.100 (1.098 to 1.102), 20 pairs, differences under 0.2% cannot be seen
+    >>> compare_paired(baseline, baseline).verdict
+    'SAME'
+    """
+    baseline, candidate = as_pairs(("baseline", "candidate"), baseline, candidate)
+    if not 0 <= margin < 1:
+        raise UserError(f"margin {margin:g} found; expected a share such as 0.02 for 2 %")
+    if min(baseline.min(), candidate.min()) > 0:
+        ratio = _log_ratio(baseline, candidate, level, clusters)
+    else:
+        ratio = bootstrap_ratio(candidate, baseline, clusters, level=level)
+    n = baseline.size
+    note = f"{n} pairs; intervals hold from {ENOUGH_PAIRS}: repeat more" if n < ENOUGH_PAIRS else ""
+    verdict: Verdict = "UNDECIDED"
+    if ratio.within(1 - margin, 1 + margin):
+        verdict = "SAME"
+    elif ratio.below(1):
+        verdict = "FASTER"
+    elif ratio.above(1):
+        verdict = "SLOWER"
+    visible = None
+    if ratio.low is not None and ratio.high is not None and ratio.low > 0:
+        visible = math.sqrt(ratio.high / ratio.low) - 1
+    return Comparison(
+        ratio,
+        verdict,
+        ratio.below(1) or ratio.above(1),
+        visible,
+        margin,
+        float(baseline.mean()),
+        float(candidate.mean()),
+        n,
+        note,
+    )
+
+
+@dataclass(frozen=True)
+class TableComparison(Result):
+    """Two tables of runs against each other, per component; see `compare_tables`."""
+
+    verdict: Verdict | None
+    components: dict[str, Comparison]
+    not_measured: tuple[str, ...]
+    matched_by: tuple[str, ...]
+    n_matched: int
+    unmatched_baseline: tuple[str, ...]
+    unmatched_candidate: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compare_tables(
+    baseline: pd.DataFrame,
+    candidate: pd.DataFrame,
+    columns: Sequence[str] = COMPONENTS,
+    *,
+    margin: float = 0.02,
+    level: float = 0.95,
+    match_by: Sequence[str] | None = None,
+) -> TableComparison:
+    """Compare two tables of runs component by component, over the requests they share.
+
+    Parameters
+    ----------
+    baseline, candidate : DataFrame
+        One row per run, or per request. Runs of one request are averaged first.
+    columns : sequence of str
+        Components to compare, in milliseconds. Missing values count as not measured.
+    margin, level : float
+        As in `compare_paired`.
+    match_by : sequence of str, optional
+        Columns that say what is the same work. By default `request_id` where the tables share
+        any, else the shape: `num_crops`, `num_vision_tokens`, `num_output_tokens`, as far as both
+        tables have them. Patches (crops × 576) that stand in one table in place of vision tokens
+        are never matched with tokens.
+
+    Returns
+    -------
+    TableComparison
+        `verdict` is that of T_total, or of the first column where that was not measured.
+        Requests are clustered by the baseline's `image_id` where it has one. `notes` name what a
+        reader has to know, such as matched requests whose shapes differ.
+
+    Raises
+    ------
+    DataError
+        When nothing matches.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> before = pd.DataFrame({"request_id": list("aabbc"), "T_total": [10.0, 12.0, 20.0, 22.0, 9]})
+    >>> after = pd.DataFrame({"request_id": list("abd"), "T_total": [5.5, 10.5, 7.0]})
+    >>> found = compare_tables(before, after)
+    >>> print(found.components["T_total"])
+    FASTER: ratio 0.500 (0.500 to 0.500), 2 pairs, differences under 0.0% cannot be seen
+    >>> found.unmatched_baseline, found.unmatched_candidate
+    (('c',), ('d',))
+    """
+    notes: list[str] = []
+    keys = list(match_by) if match_by else _keys(baseline, candidate, notes)
+    if absent := [key for key in keys if key not in baseline or key not in candidate]:
+        raise DataError(f"cannot match by {', '.join(absent)}: not a column of both tables")
+    before, after = _per_key(baseline, keys), _per_key(candidate, keys)
+    shared = before.index.intersection(after.index)
+    if not len(shared):
+        raise DataError(
+            f"none of {len(before)} and {len(after)} requests match by {', '.join(keys)}; "
+            "compare runs of the same requests or shapes"
+        )
+    lost = [tuple(map(_label, own.index.difference(shared))) for own in (before, after)]
+    before, after = before.loc[shared], after.loc[shared]
+    for name in SHAPE:
+        if name in before and name in after and name not in keys:
+            differing = int((before[name] != after[name]).sum())
+            if differing:
+                notes.append(f"{differing} of {len(shared)} matched requests differ in {name}")
+    images = before["image_id"] if "image_id" in before and "request_id" in keys else None
+    components = {}
+    for name in columns:
+        if name not in before or name not in after:
+            continue
+        pair = np.column_stack([before[name].astype(float), after[name].astype(float)])
+        measured = np.isfinite(pair).all(axis=1)
+        if measured.any():
+            components[name] = compare_paired(
+                pair[measured, 0],
+                pair[measured, 1],
+                level=level,
+                margin=margin,
+                clusters=None if images is None else images[measured],
+            )
+            if not measured.all():
+                notes.append(f"{name}: {int((~measured).sum())} matched requests not measured")
+    first = components.get("T_total") or next(iter(components.values()), None)
+    return TableComparison(
+        first.verdict if first else None,
+        components,
+        tuple(name for name in columns if name not in components),
+        tuple(keys),
+        len(shared),
+        lost[0],
+        lost[1],
+        tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class FalseAlarms(Result):
+    """Share of A/A comparisons that saw a difference; see `a_a_false_alarms`."""
+
+    share: Estimate
+    alarms: int
+    n_comparisons: int
+    nominal: float
+
+
+def a_a_false_alarms(
+    comparisons: Iterable[tuple[ArrayLike, ArrayLike]], level: float = 0.95
+) -> FalseAlarms:
+    """Compare a configuration with itself many times and count the differences seen.
+
+    Parameters
+    ----------
+    comparisons : iterable of (baseline, candidate)
+        Paired latencies, both of the same configuration; 200 sets of at least 20 pairs tell 2 %
+        from 5 % from 9 %.
+    level : float
+        Of the comparisons, and of the interval of the share (Clopper and Pearson 1934).
+
+    Returns
+    -------
+    FalseAlarms
+        `nominal` is 1 − level, which an honest comparison meets.
+
+    Raises
+    ------
+    UserError
+        When there are no comparisons.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> found = a_a_false_alarms(rng.lognormal(3, 0.1, (200, 2, 20)))
+    >>> found.alarms, f"{found.share:.3f}"
+    (9, '0.045 (0.021 to 0.084)')
+    """
+    seen = [compare_paired(a, b, level).different for a, b in comparisons]
+    if not seen:
+        raise UserError("no comparisons found; expected at least one pair of lists")
+    exact = scipy.stats.binomtest(sum(seen), len(seen))
+    low, high = exact.proportion_ci(level, method="exact")
+    share = Estimate(
+        sum(seen) / len(seen), float(low), float(high), level, len(seen), "Clopper-Pearson"
+    )
+    return FalseAlarms(share, sum(seen), len(seen), round(1 - level, 12))
+
+
+def _log_ratio(
+    baseline: Floats, candidate: Floats, level: float, clusters: ArrayLike | None
+) -> Estimate:
+    logs = np.log(candidate) - np.log(baseline)
+    codes = as_codes(clusters, logs.size)
+    # The offset keeps "nothing varies" meaningful for ratios near 1, whose logarithm is near 0.
+    shifted, error, groups = linearised(logs + 1, np.ones_like(logs), codes)
+    mean = shifted - 1
+    value = math.exp(mean)
+    method = "t on log ratios" + ("" if clusters is None else f" over {groups} clusters")
+    if groups < 2:
+        note = f"an interval needs at least 2 pairs, found {groups}"
+        return Estimate(value, None, None, level, logs.size, "none", note)
+    half = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1)) * error
+    note = "" if error else "every pair has the same ratio"
+    return Estimate(
+        value, math.exp(mean - half), math.exp(mean + half), level, logs.size, method, note
+    )
+
+
+def _keys(baseline: pd.DataFrame, candidate: pd.DataFrame, notes: list[str]) -> list[str]:
+    if "request_id" in baseline and "request_id" in candidate:
+        if baseline["request_id"].isin(candidate["request_id"]).any():
+            return ["request_id"]
+        notes.append("no request_id in common: matched by shape")
+    keys = [name for name in SHAPE if name in baseline and name in candidate]
+    if "num_vision_tokens" in keys and _holds_patches(baseline) != _holds_patches(candidate):
+        keys.remove("num_vision_tokens")
+        notes.append("num_vision_tokens of one table counts patches (crops × 576): not matched")
+    if not keys:
+        raise DataError(
+            f"neither request_id nor a column of {', '.join(SHAPE)} in both tables; give match_by"
+        )
+    return keys
+
+
+def _holds_patches(df: pd.DataFrame) -> bool:
+    if "num_crops" not in df:
+        return False
+    return bool((df["num_vision_tokens"] == df["num_crops"] * PATCHES_PER_CROP).all())
+
+
+def _per_key(df: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Average the runs of each request; columns that are not numbers keep their first value."""
+    grouped = df.groupby(keys[0] if len(keys) == 1 else keys)
+    average = grouped.mean(numeric_only=True)
+    if "image_id" in df and "image_id" not in keys:
+        average["image_id"] = grouped["image_id"].first()
+    return average
+
+
+def _label(key: object) -> str:
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)

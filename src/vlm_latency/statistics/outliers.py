@@ -1,0 +1,120 @@
+"""Outliers are marked with their likely cause, never removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm_latency.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Below five runs of a shape a median and its deviation say nothing about a sixth.
+FEWEST_RUNS = 5
+# Nothing within 1 % of its shape's median is an outlier, however steady the others are.
+SMALLEST_EXCESS = 0.01
+# A clock that runs this much under the median of the run has dropped.
+CLOCK_DROP = 0.97
+# NVML's clocks-event reasons that are no throttling: idle, and clocks set by the user.
+HARMLESS_REASONS = 0x1 | 0x2
+
+
+def mark_outliers(
+    df: pd.DataFrame,
+    value: str = "T_total",
+    by: Sequence[str] = ("num_crops", "num_output_tokens"),
+    k: float = 5.0,
+) -> pd.DataFrame:
+    """Mark the runs that took much longer than others of their shape, with their likely cause.
+
+    Parameters
+    ----------
+    df : DataFrame
+        One row per run.
+    value : str
+        Column to judge, in milliseconds; a row where it is missing is not marked.
+    by : sequence of str
+        Columns that make a shape; those absent from `df` are left out.
+    k : float
+        A run is an outlier above median + k · MAD of its shape (MAD scaled by 1.4826 to the
+        standard deviation of a normal distribution), and at least 1 % above the median. A shape
+        of fewer than 5 runs has no outliers.
+
+    Returns
+    -------
+    DataFrame
+        Index of `df`; columns `outlier` (bool) and `outlier_cause` (None for the others): the
+        first that applies of "first of shape" (`order_index`), "clock drop or throttling"
+        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons`), "involuntary context
+        switches" (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for
+        its shape by the same rule, else "unexplained". Absent columns explain nothing.
+
+    Raises
+    ------
+    DataError
+        When `value` is no column of `df`.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> runs = pd.DataFrame({"T_total": [10.0, 10.1, 10.2, 10.1, 10.0, 14.0], "num_crops": 2,
+    ...                      "steal_ms": [0, 0, 0, 0, 0, 4]})
+    >>> mark_outliers(runs).query("outlier")
+       outlier outlier_cause
+    5     True    steal time
+    """
+    import pandas as pd
+
+    if value not in df:
+        raise DataError(f"no column {value} in the table; found {', '.join(map(str, df.columns))}")
+    keys = [name for name in by if name in df]
+    shape = df.groupby(keys, dropna=False).ngroup() if keys else pd.Series(0, index=df.index)
+
+    def unusual(name: str, smallest: Callable[[pd.Series], pd.Series]) -> pd.Series:
+        column = df[name].astype(float)
+        median = column.groupby(shape).transform("median")
+        deviation = (column - median).abs().groupby(shape).transform("median") * 1.4826
+        excess = np.maximum(k * deviation, smallest(median))
+        runs = column.groupby(shape).transform("count")
+        return (column > median + excess) & (runs >= FEWEST_RUNS)
+
+    outlier = unusual(value, lambda median: SMALLEST_EXCESS * median)
+    causes: dict[str, pd.Series] = {}
+    if "order_index" in df:
+        order = df["order_index"].astype(float)
+        causes["first of shape"] = order == order.groupby(shape).transform("min")
+    causes["clock drop or throttling"] = _slow_clock(df)
+    for name, cause in (
+        ("involuntary_switches", "involuntary context switches"),
+        ("steal_ms", "steal time"),
+    ):
+        if name in df:
+            causes[cause] = unusual(name, lambda median: 0 * median)
+    why = np.select([outlier & found for found in causes.values()], list(causes), "unexplained")
+    return pd.DataFrame(
+        {"outlier": outlier, "outlier_cause": pd.Series(why, df.index, object).where(outlier, None)}
+    )
+
+
+def _slow_clock(df: pd.DataFrame) -> pd.Series:
+    import pandas as pd
+
+    slow = pd.Series(False, index=df.index)
+    if "sm_clock_mhz" in df:
+        clock = df["sm_clock_mhz"].astype(float)
+        slow |= clock < CLOCK_DROP * clock.median()
+    if "throttle_reasons" in df:
+        slow |= df["throttle_reasons"].map(_throttled).astype(bool)
+    return slow
+
+
+def _throttled(reasons: object) -> bool:
+    """Read NVML's bit mask, or a text that names the reasons."""
+    if isinstance(reasons, str):
+        return reasons.strip().lower() not in {"", "0", "none", "idle"}
+    return isinstance(reasons, (int, float, np.number)) and bool(
+        int(np.nan_to_num(float(reasons))) & ~HARMLESS_REASONS
+    )

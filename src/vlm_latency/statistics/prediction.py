@@ -1,0 +1,250 @@
+"""What predicts latency: errors on shapes that a predictor has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
+from vlm_latency.errors import DataError
+from vlm_latency.statistics.bootstrap import bootstrap_mean, bootstrap_ratio
+from vlm_latency.statistics.quantiles import percentile
+from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_values
+
+
+class Fitted(Protocol):
+    """Anything that predicts latencies from rows of columns."""
+
+    def predict(self, X: ArrayLike) -> Floats:
+        """Return one latency per row of `X`, shape (n, k)."""
+
+
+Fit = Callable[[Floats, Floats], Fitted]
+
+
+@dataclass(frozen=True)
+class NonNegativeFit(Result):
+    """y = Σ coefficient·x with no coefficient below zero; see `nnls_relative_fit`."""
+
+    coefficients: dict[str, float]
+    median_error: float
+    n: int
+    method: str
+
+    def predict(self, X: ArrayLike) -> Floats:
+        """Return the fit at each row of `X`, shape (n, k)."""
+        return np.asarray(X, float) @ np.array(list(self.coefficients.values()))
+
+
+def nnls_relative_fit(
+    X: ArrayLike, y: ArrayLike, names: Sequence[str] | None = None
+) -> NonNegativeFit:
+    """Fit latency by costs that only add: no coefficient is below zero.
+
+    Minimises Σ ((X·β − y) / y)², so a request of 20 ms counts as much as one of 20 s. A constant
+    cost per request is a column of ones.
+
+    Parameters
+    ----------
+    X : array_like, shape (n, k)
+        Costs of each request, such as TFLOP, GB moved, launches.
+    y : array_like, shape (n,)
+        Latency in ms, above zero.
+    names : sequence of k strings, optional
+        Of the columns; by default "x0", "x1", …
+
+    Returns
+    -------
+    NonNegativeFit
+        Coefficients in ms per unit of each column, 0 for one that does not help;
+        `median_error` is the median of |fit / y − 1| over the points of the fit.
+
+    Raises
+    ------
+    DataError
+        For NaN, infinity, latencies not above zero, or shapes that do not agree.
+
+    Examples
+    --------
+    >>> fit = nnls_relative_fit([[1, 10], [2, 10], [4, 20]], [7.0, 9.0, 18.0], ["TFLOP", "GB"])
+    >>> {name: round(value, 9) for name, value in fit.coefficients.items()}
+    {'TFLOP': 2.0, 'GB': 0.5}
+    """
+    y = as_values("y", y, positive=True)
+    X = _table(X, y.size)
+    names = list(names) if names is not None else [f"x{i}" for i in range(X.shape[1])]
+    if len(names) != X.shape[1]:
+        raise DataError(f"{len(names)} names found for {X.shape[1]} columns")
+    scaled = X / y[:, None]
+    scale = np.abs(scaled).max(axis=0)
+    scale[scale == 0] = 1
+    beta = scipy.optimize.nnls(scaled / scale, np.ones_like(y))[0] / scale
+    return NonNegativeFit(
+        dict(zip(names, map(float, beta), strict=True)),
+        float(np.median(np.abs(X @ beta / y - 1))),
+        y.size,
+        "non-negative least squares of the relative error",
+    )
+
+
+@dataclass(frozen=True)
+class AsGiven:
+    """A predictor that is not fitted: its one column is the prediction, in ms.
+
+    >>> AsGiven.fit([[1.0]], [2.0]).predict([[3.0], [4.0]])
+    array([3., 4.])
+    """
+
+    @classmethod
+    def fit(cls, X: ArrayLike, y: ArrayLike) -> AsGiven:
+        """Return the predictor, whatever was measured."""
+        return cls()
+
+    def predict(self, X: ArrayLike) -> Floats:
+        """Return the column of `X`, shape (n, 1)."""
+        return np.asarray(X, float)[:, 0]
+
+
+@dataclass(frozen=True)
+class CrossValidation(Result):
+    """Errors of predictors on held-out shapes; see `cross_validate`.
+
+    `mape` is the mean and `median_error` the median of |prediction / measured − 1|.
+    """
+
+    mape: dict[str, Estimate]
+    median_error: dict[str, Estimate]
+    n: int
+    n_groups: int
+    method: str
+    measured: Floats = field(repr=False, metadata={"plain": False})
+    predicted: dict[str, Floats] = field(repr=False, metadata={"plain": False})
+    groups: np.ndarray = field(repr=False, metadata={"plain": False})
+
+    def error_ratio(self, name: str, alternative: str, level: float = 0.95) -> Estimate:
+        """Return the mean error of `name` over that of `alternative`, on the same points."""
+        errors = [np.abs(self.predicted[key] / self.measured - 1) for key in (name, alternative)]
+        return bootstrap_ratio(errors[0], errors[1], self.groups, level=level)
+
+    def interval(self, name: str, prediction: float, level: float = 0.95) -> Estimate:
+        """Return a new `prediction` of `name` with the range its held-out errors leave.
+
+        The quantiles of measured / predicted on held-out shapes, times the prediction: the new
+        latency lies inside with about `level`, as far as the new shape resembles those measured.
+        """
+        ratio = self.measured / self.predicted[name]
+        low, high = np.quantile(ratio, [(1 - level) / 2, (1 + level) / 2])
+        return Estimate(
+            prediction,
+            float(prediction * low),
+            float(prediction * high),
+            level,
+            self.n,
+            "quantiles of held-out errors",
+        )
+
+
+def cross_validate(
+    groups: ArrayLike,
+    predictors: Mapping[str, tuple[ArrayLike, Fit]],
+    y: ArrayLike,
+    *,
+    level: float = 0.95,
+) -> CrossValidation:
+    """Predict each shape by what was fitted on all the others.
+
+    Parameters
+    ----------
+    groups : array_like, shape (n,)
+        The shape of each point; whole shapes are left out.
+    predictors : mapping of name to (X, fit)
+        X of shape (n, k): what this predictor looks at. ``fit(X, y)`` returns an object with
+        ``predict(X)``: `nnls_relative_fit`, `AsGiven.fit`, or one's own.
+    y : array_like, shape (n,)
+        Measured latency in ms, above zero.
+    level : float
+        Of the intervals, which treat shapes as the independent units.
+
+    Raises
+    ------
+    DataError
+        Below 2 groups, for NaN or infinity, or latencies not above zero.
+
+    Examples
+    --------
+    >>> flops, launches = np.array([1, 2, 3, 4, 5, 6.0]), np.array([9, 1, 7, 3, 8, 2.0])
+    >>> found = cross_validate(
+    ...     range(6),
+    ...     {"FLOPs": (flops, nnls_relative_fit),
+    ...      "both": (np.column_stack([flops, launches]), nnls_relative_fit)},
+    ...     10 * flops + 3 * launches,
+    ... )
+    >>> {name: round(error.value, 2) for name, error in found.mape.items()}
+    {'FLOPs': 0.27, 'both': 0.0}
+    """
+    y = as_values("y", y, positive=True)
+    codes = as_codes(groups, y.size)
+    n_groups = int(codes.max()) + 1
+    if n_groups < 2:
+        raise DataError("1 shape found; leaving one out needs at least 2")
+    mape, median_error, predicted = {}, {}, {}
+    for name, (columns, fit) in predictors.items():
+        X = _table(columns, y.size)
+        guess = np.empty_like(y)
+        for group in range(n_groups):
+            out = codes == group
+            guess[out] = fit(X[~out], y[~out]).predict(X[out])
+        error = np.abs(guess / y - 1)
+        predicted[name] = guess
+        mape[name] = bootstrap_mean(error, codes, level=level)
+        median_error[name] = percentile(error, 50, level, codes)
+    return CrossValidation(
+        mape, median_error, y.size, n_groups, "leave one shape out", y, predicted, codes
+    )
+
+
+def transfer_error(
+    fit: Fit,
+    train: tuple[ArrayLike, ArrayLike],
+    test: tuple[ArrayLike, ArrayLike],
+    groups: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+) -> Estimate:
+    """Fit on one regime, predict another: mean of |prediction / measured − 1|.
+
+    Parameters
+    ----------
+    fit : callable
+        As in `cross_validate`.
+    train, test : (X, y)
+        The vision sweep and the language sweep, or the reverse; y in ms, above zero.
+    groups : array_like, optional
+        The shape of each point of `test`.
+
+    Examples
+    --------
+    >>> transfer_error(nnls_relative_fit, ([1, 2, 3], [2.0, 4.0, 6.0]), ([1, 2], [4.0, 8.0])).value
+    0.5
+    """
+    y_train, y_test = (as_values("y", y, positive=True) for y in (train[1], test[1]))
+    fitted = fit(_table(train[0], y_train.size), y_train)
+    error = np.abs(fitted.predict(_table(test[0], y_test.size)) / y_test - 1)
+    return bootstrap_mean(error, groups, level=level)
+
+
+def _table(X: ArrayLike, n: int) -> Floats:
+    """Return X as (n, k); a single column may be given as a list."""
+    table = np.asarray(X, dtype=float)
+    if table.ndim == 1:
+        table = table[:, None]
+    if table.ndim != 2 or len(table) != n or not np.isfinite(table).all():
+        raise DataError(
+            f"X of shape {table.shape} found; expected one row for each of {n} latencies, "
+            "without NaN"
+        )
+    return table
