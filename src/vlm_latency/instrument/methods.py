@@ -1,0 +1,566 @@
+"""Three ways to time one request behind one interface.
+
+``timeline``
+    one real ``generate()``, marked at component boundaries; nothing is subtracted or clamped.
+``subtraction``, ``hook``
+    the methods of the study this project grows from: each part is run and timed by itself and
+    components come out as differences. Kept to show the error they make.
+
+Intervals are defined in the README's method notes; all times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_latency.errors import MeasurementError
+from vlm_latency.instrument.clock import CudaClock, HostClock
+from vlm_latency.instrument.timeline import Mark, Timeline, partition
+from vlm_latency.records import TIME_COLUMNS
+
+ENCODER, PROJECTOR = "T_vision_encoder", "T_projector"
+PREFILL, DECODE, OTHER = "T_LLM_prefill", "T_LLM_decode", "T_other"
+FORWARD = "forward"  # the whole model's forward, before it is known which one it is
+VISION_MARKS = 256  # slots for boundaries of the vision part; further ones are made on demand
+
+COMPILED_STEP = (
+    "the decode step is compiled into one graph: its time is measured as a whole, the modules "
+    "inside it cannot be told apart"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one request took.
+
+    Attributes
+    ----------
+    times
+        Every time column of the record but ``T_preprocess``; milliseconds, None where the method
+        or engine cannot tell.
+    token_ids
+        The tokens that were generated.
+    peak_memory_bytes
+        Most memory allocated on the device during the request, weights included; None on a CPU,
+        where the process has no such number of its own.
+    kv_cache_bytes
+        What the keys and values occupy at the end; a static cache counts as allocated.
+    timed_ms
+        All that the method timed: ``T_total``, and for the seed's methods every run of a part.
+    """
+
+    times: dict[str, Any]
+    token_ids: list[int]
+    peak_memory_bytes: int | None
+    kv_cache_bytes: int | None
+    timed_ms: float
+
+
+@contextlib.contextmanager
+def quiet(device: torch.device) -> Iterator[None]:
+    """Around a timed region: no garbage collection, no autograd, device idle at the start."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            synchronize(device)
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Meter:
+    """Runs ``generate()`` for one request at a time; each method says how it is timed.
+
+    Hooks are in place only while a request is being measured, so that ``bare`` is bare and
+    nothing is left behind, whatever happens.
+
+    Parameters
+    ----------
+    vlm
+        A loaded model.
+    engine
+        ``eager`` (dynamic cache), ``static`` (static cache) or ``compiled`` (static cache and a
+        decode step compiled as one graph).
+    max_cache_len
+        Length of the static cache, the same for all requests, so that nothing is compiled twice;
+        by default as long as the longest request so far.
+
+    Raises
+    ------
+    MeasurementError
+        On a device without a clock of its own or work that runs in order, such as ``mps``.
+    """
+
+    def __init__(self, vlm: Any, engine: str = "eager", max_cache_len: int | None = None) -> None:
+        self.vlm = vlm
+        self.model = vlm.model
+        self.device = torch.device(vlm.device)
+        self.engine = engine
+        self.note = COMPILED_STEP if engine == "compiled" else None
+        if self.device.type not in ("cpu", "cuda"):
+            raise MeasurementError(
+                f"found model.device={self.device.type}; expected cpu or cuda, the devices whose "
+                "time can be taken at component boundaries; set model.device"
+            )
+        if engine != "eager":  # the model remembers the longest cache it ever had
+            vars(self.model).pop("_previous_max_cache_length", None)
+        self._engine_arguments = _engine_arguments(engine, self.device, max_cache_len)
+        on_cuda = self.device.type == "cuda"
+        self.timeline = Timeline(HostClock(), CudaClock(self.device) if on_cuda else None)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the compiled decode step and the length of the static cache."""
+        for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
+            vars(self.model).pop(name, None)
+
+    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+        """Measure one request, its inputs already on the device.
+
+        Parameters
+        ----------
+        max_new_tokens
+            Exactly so many tokens; with ``stop_at_eos`` at most so many. 1 is prefill only.
+
+        Raises
+        ------
+        MeasurementError
+            When the number of tokens or forwards is not what was asked for.
+        """
+        raise NotImplementedError
+
+    def bare(
+        self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False
+    ) -> tuple[float, list[int]]:
+        """Time ``generate()`` without any instrument.
+
+        Returns
+        -------
+        tuple
+            Milliseconds, and the tokens that were generated.
+        """
+        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
+        elapsed, output = self._timed(lambda: self.model.generate(**arguments))
+        return elapsed, self._tokens(output, prepared, max_new_tokens, stop_at_eos)
+
+    def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        with quiet(self.device):
+            start = time.perf_counter_ns()
+            result = function()
+            synchronize(self.device)
+            return (time.perf_counter_ns() - start) / 1e6, result
+
+    def _arguments(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool) -> dict[str, Any]:
+        arguments = {**prepared.inputs, **self._engine_arguments, "max_new_tokens": max_new_tokens}
+        if not stop_at_eos:
+            arguments["eos_token_id"] = None
+        return arguments
+
+    def _generate_on_timeline(self, arguments: dict[str, Any]) -> Any:
+        """One ``generate()``; the marks of whatever is attached lie between its two ends."""
+        self.timeline.restart(VISION_MARKS + 2 * arguments["max_new_tokens"])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with quiet(self.device):
+            self.timeline.open(OTHER)
+            output = self.model.generate(**arguments)
+            self.timeline.finish(OTHER)
+        return output
+
+    def _peak_memory(self) -> int | None:
+        on_cuda = self.device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self.device) if on_cuda else None
+
+    def _tokens(
+        self, output: Any, prepared: Any, max_new_tokens: int, stop_at_eos: bool
+    ) -> list[int]:
+        tokens = output.sequences[0, prepared.inputs["input_ids"].shape[1] :].tolist()
+        if len(tokens) != max_new_tokens and not (stop_at_eos and tokens):
+            raise MeasurementError(
+                f"generate() returned {len(tokens)} tokens where {max_new_tokens} were forced"
+            )
+        return tokens
+
+
+class TimelineMeter(Meter):
+    """One pass, no subtraction: marks at component boundaries inside one ``generate()``."""
+
+    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
+        with self._attached():
+            output = self._generate_on_timeline(arguments)
+        tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
+        host = intervals(self.timeline.host_marks(), len(tokens))
+        device_marks = self.timeline.device_marks()
+        times = dict.fromkeys(_TIMES)
+        if device_marks is None:
+            times.update(host)
+        else:
+            times.update(intervals(device_marks, len(tokens)))
+            times.update({name: host[name[:-5]] for name in _TIMES if name.endswith("_host")})
+        return Reading(
+            times=times,
+            token_ids=tokens,
+            peak_memory_bytes=self._peak_memory(),
+            kv_cache_bytes=_cache_bytes(output.past_key_values),
+            timed_ms=host["T_total"],
+        )
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Put a mark at every boundary, and take all of them away again."""
+        components = self.vlm.components
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._around(self.model, FORWARD))
+            stack.enter_context(self._around(components.vision_encoder, ENCODER))
+            for module in components.projector:
+                # a list of modules is never called itself
+                for part in module if isinstance(module, nn.ModuleList) else [module]:
+                    stack.enter_context(self._around(part, PROJECTOR))
+            base = self.model.base_model
+            if hasattr(base, "get_image_features"):
+                stack.enter_context(_replaced(base, "get_image_features", self._wrap_features))
+            if self.engine == "compiled":
+                stack.enter_context(_replaced(self.model, "get_compiled_call", self._wrap_compiled))
+            yield
+
+    @contextlib.contextmanager
+    def _around(self, module: nn.Module, label: str) -> Iterator[None]:
+        """Marks before and after a module's forward, none while it is being compiled."""
+        timeline = self.timeline
+
+        def before(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                timeline.open(label)
+
+        def after(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                timeline.close(label)
+
+        handles = [
+            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_hook(after),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _wrap_features(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        timeline = self.timeline
+
+        @functools.wraps(function)  # generate() reads the signature
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            timeline.open(PROJECTOR)
+            result = function(*args, **kwargs)
+            timeline.close(PROJECTOR)
+            return result
+
+        return get_image_features
+
+    def _wrap_compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        timeline = self.timeline
+
+        @functools.wraps(function)
+        def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            step = function(*args, **kwargs)
+
+            def marked_step(*args: Any, **kwargs: Any) -> Any:
+                timeline.open(FORWARD)
+                result = step(*args, **kwargs)
+                timeline.close(FORWARD)
+                return result
+
+            return marked_step
+
+        return get_compiled_call
+
+
+class SubtractionMeter(Meter):
+    """The seed's method: every part run and timed by itself, components as differences.
+
+    Image features, the encoder alone, a full forward and ``generate()`` are timed one after the
+    other, the device idle at both ends of each. Differences are kept signed in ``raw_*`` and
+    clamped at zero in the seed's columns; ``T_other`` is what the clamped parts lack to
+    ``T_total``, negative where they exceed it. Where the projector is part of the encoder, running
+    the encoder alone cannot tell them apart: both are None.
+    """
+
+    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
+        features_ms, calls = self._time_image_features(prepared.inputs)
+        encoder = self.vlm.components.vision_encoder
+        encoder_ms, _ = self._timed(lambda: [encoder(*args, **kwargs) for args, kwargs in calls])
+        prefill_ms, forward_ms = self._time_prefill(prepared.inputs, features_ms)
+        with self._attached():
+            output = self._generate_on_timeline(arguments)
+        tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
+        owned = partition(self.timeline.device_marks() or self.timeline.host_marks())
+        total_ms = sum(owned.values()) / 1e6
+        times = dict.fromkeys(_TIMES)
+        if forward_ms is None:
+            prefill_ms = owned[PREFILL] / 1e6
+        else:
+            times["raw_T_LLM_prefill"] = prefill_ms
+        times |= {
+            "T_total": total_ms,
+            "T_vision_total": features_ms,
+            PREFILL: max(0.0, prefill_ms),
+            DECODE: 0.0,
+        }
+        if not self._projector_in_encoder():
+            times[ENCODER] = encoder_ms
+            times["raw_T_projector"] = features_ms - encoder_ms
+            times[PROJECTOR] = max(0.0, features_ms - encoder_ms)
+        if len(tokens) > 1:
+            times["raw_T_LLM_decode"] = total_ms - features_ms - times[PREFILL]
+            times[DECODE] = max(0.0, times["raw_T_LLM_decode"])
+            times["T_per_output_token"] = times[DECODE] / (len(tokens) - 1)
+        times[OTHER] = total_ms - features_ms - times[PREFILL] - times[DECODE]
+        return Reading(
+            times=times,
+            token_ids=tokens,
+            peak_memory_bytes=self._peak_memory(),
+            kv_cache_bytes=_cache_bytes(output.past_key_values),
+            timed_ms=features_ms + encoder_ms + (forward_ms or 0.0) + total_ms,
+        )
+
+    def _time_image_features(self, inputs: dict[str, Any]) -> tuple[float, list[Any]]:
+        """Time ``get_image_features`` and note what the encoder was called with."""
+        function = self.model.base_model.get_image_features
+        known = inspect.signature(function).parameters
+        arguments = {name: value for name, value in inputs.items() if name in known}
+        calls: list[Any] = []
+        handle = self.vlm.components.vision_encoder.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            elapsed, _ = self._timed(lambda: function(**arguments))
+        finally:
+            handle.remove()
+        return elapsed, calls
+
+    def _time_prefill(
+        self, inputs: dict[str, Any], features_ms: float
+    ) -> tuple[float, float | None]:
+        """Time one full forward, as ``generate()`` calls it; prefill is what vision leaves."""
+        last = {"logits_to_keep": 1} if self._keeps_logits() else {}
+        forward_ms, _ = self._timed(lambda: self.model(**inputs, **last, use_cache=True))
+        return forward_ms - features_ms, forward_ms
+
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        yield
+
+    def _projector_in_encoder(self) -> bool:
+        inside = set(self.vlm.components.vision_encoder.modules())
+        return any(module in inside for module in self.vlm.components.projector)
+
+
+class HookMeter(SubtractionMeter):
+    """The seed's other method: prefill between the ends of the first and the last decoder block.
+
+    It misses the first block, the final norm and the head.
+    """
+
+    def _time_prefill(self, inputs: dict[str, Any], features_ms: float) -> tuple[float, None]:
+        return 0.0, None
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Hooks on first and last block that act in the first forward only."""
+        blocks = decoder_blocks(self.vlm.components.language_model)
+        timeline = self.timeline
+
+        def first(*_: Any) -> None:
+            timeline.open(PREFILL)
+            handles[0].remove()
+
+        def last(*_: Any) -> None:
+            timeline.close(PREFILL)
+            handles[1].remove()
+
+        handles = [blocks[0].register_forward_hook(first), blocks[-1].register_forward_hook(last)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+METERS: dict[str, type[Meter]] = {
+    "timeline": TimelineMeter,
+    "subtraction": SubtractionMeter,
+    "hook": HookMeter,
+}
+
+_TIMES = tuple(name for name in TIME_COLUMNS if name != "T_preprocess")
+
+
+def make_meter(
+    vlm: Any, method: str = "timeline", engine: str = "eager", max_cache_len: int | None = None
+) -> Meter:
+    """Make the meter of a method (``timeline``, ``subtraction``, ``hook``) for a loaded model."""
+    return METERS[method](vlm, engine, max_cache_len)
+
+
+def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
+    """Turn the marks of one ``generate()`` into the record's intervals.
+
+    Parameters
+    ----------
+    marks
+        ``T_other`` around everything; ``T_projector`` around the image features and
+        ``T_vision_encoder`` in them; ``forward`` around each of the model's forwards, of which
+        the first is the prefill.
+    num_output_tokens
+        How many tokens came out; as many forwards must be there.
+
+    Returns
+    -------
+    dict
+        Milliseconds by time column; ``T_total = T_vision_total + T_LLM_prefill + T_LLM_decode +
+        T_other`` and ``T_vision_total = T_vision_encoder + T_projector``, to floating-point
+        rounding.
+
+    Raises
+    ------
+    MeasurementError
+        When the number of forwards is not the number of tokens.
+    """
+    ends = [mark.time_ns for mark in marks if mark.label == FORWARD and not mark.opens]
+    if len(ends) != num_output_tokens:
+        raise MeasurementError(
+            f"{num_output_tokens} tokens came from {len(ends)} forwards; one each was expected "
+            "(does the model generate in another way, or cut its prefill into chunks?)"
+        )
+    owned = dict.fromkeys((ENCODER, PROJECTOR, PREFILL, DECODE, OTHER), 0)
+    owned |= partition(_with_decode(marks))
+    vision = owned[ENCODER] + owned[PROJECTOR]
+    times: dict[str, Any] = {label: ns / 1e6 for label, ns in owned.items()}
+    times["T_vision_total"] = vision / 1e6
+    times["T_total"] = (marks[-1].time_ns - marks[0].time_ns) / 1e6
+    times["T_first_token"] = (ends[0] - marks[0].time_ns) / 1e6
+    steps = [(later - earlier) / 1e6 for earlier, later in itertools.pairwise(ends)]
+    times["decode_step_ms"] = steps
+    times["T_per_output_token"] = times[DECODE] / len(steps) if steps else None
+    return times
+
+
+def _with_decode(marks: Sequence[Mark]) -> list[Mark]:
+    """Name the forwards; decode lasts from the end of the prefill to the end of the last one."""
+    last = max(index for index, mark in enumerate(marks) if mark.label == FORWARD)
+    named: list[Mark] = []
+    label = PREFILL
+    for index, mark in enumerate(marks):
+        if mark.label != FORWARD:
+            named.append(mark)
+            continue
+        named.append(mark._replace(label=label))
+        if label == PREFILL and not mark.opens:
+            label = DECODE
+            if index < last:
+                named.append(Mark(mark.time_ns, DECODE, True))
+        elif index == last:
+            named.append(Mark(mark.time_ns, DECODE, False))
+    return named
+
+
+def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
+    """Find a decoder's blocks: the longest list of modules it has.
+
+    Raises
+    ------
+    MeasurementError
+        When it has none.
+    """
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise MeasurementError(
+            f"{type(decoder).__name__} has no list of blocks to hook; use measurement.method="
+            "timeline or subtraction"
+        )
+    return max(lists, key=len)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Wrap one method of one instance, for a while."""
+    own = vars(owner)
+    before = own.get(name)
+    own[name] = wrap(getattr(owner, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before
+
+
+def _engine_arguments(
+    engine: str, device: torch.device, max_cache_len: int | None
+) -> dict[str, Any]:
+    """What ``generate()`` is told for an engine, always greedy."""
+    arguments: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "num_beams": 1,
+        "use_cache": True,
+        "return_dict_in_generate": True,
+    }
+    if engine == "eager":
+        return {**arguments, "disable_compile": True}
+    arguments |= {"cache_implementation": "static", "max_cache_len": max_cache_len}
+    if engine == "static":
+        return {**arguments, "disable_compile": True}
+    from transformers import CompileConfig
+
+    on_cuda = device.type == "cuda"
+    config = CompileConfig(fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
+    config._compile_all_devices = True  # otherwise transformers compiles on accelerators only
+    return {**arguments, "compile_config": config}
+
+
+def _cache_bytes(cache: Any) -> int | None:
+    """Add up the keys and values that a cache holds."""
+    if cache is None:
+        return None
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
