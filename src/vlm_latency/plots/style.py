@@ -1,0 +1,403 @@
+"""What all figures share: colours, units, sizes, header and footer, numbers with their intervals.
+
+Figures are bare `matplotlib.figure.Figure` objects: no pyplot, no global state, safe in any thread.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+from vlm_latency.options import FigureOptions
+
+# Okabe and Ito's colours (2008), told apart with every common colour vision. One per quantity.
+COLOURS = {
+    "T_vision_encoder": "#0072B2",
+    "T_projector": "#56B4E9",
+    "T_LLM_prefill": "#E69F00",
+    "T_LLM_decode": "#D55E00",
+    "T_other": "#999999",
+    "T_preprocess": "#CC79A7",
+    "T_first_token": "#009E73",
+    "T_vision_total": "#0072B2",
+    "T_total": "#333333",
+}
+LABELS = {
+    "T_vision_encoder": "vision encoder",
+    "T_projector": "projector",
+    "T_LLM_prefill": "LLM prefill",
+    "T_LLM_decode": "LLM decode",
+    "T_other": "other",
+    "T_preprocess": "preprocessing",
+    "T_first_token": "time to first token",
+    "T_vision_total": "vision total",
+    "T_total": "total",
+}
+ALARM = "#D55E00"
+MUTED = "#767676"
+
+PAPER_WIDTH = 3.3  # inches; one column of a two-column page
+PANEL = (3.9, 3.1)  # inches, width and height of one panel
+PAPER_PANEL_HEIGHT = 1.75
+
+Statistic = Mapping[str, Any] | float | int | None
+
+
+@dataclass(frozen=True)
+class FigureContext:
+    """What a figure has to say about where its numbers come from.
+
+    Parameters
+    ----------
+    environment_line : str
+        The footer: device, threads, versions, commit, date.
+    marks : tuple of str
+        Warnings that are true of the numbers: "synthetic", "random weights", "partial", …
+    model : str
+        The model's name, for titles.
+    """
+
+    environment_line: str = ""
+    marks: tuple[str, ...] = ()
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How figures look.
+
+    Parameters
+    ----------
+    paper : bool
+        One column wide, without title and footer (the marks stay: they are not decoration).
+    dpi : int
+        Of the PNG.
+    vision_axis : str
+        "tokens" that enter the LLM, or "patches" that leave the encoder (the seed's axis).
+    """
+
+    paper: bool = False
+    dpi: int = 300
+    vision_axis: Literal["tokens", "patches"] = "tokens"
+
+    @classmethod
+    def of(cls, options: FigureOptions) -> Style:
+        """Make the style that the user's options ask for."""
+        return cls(options.style == "paper", options.dpi, options.vision_axis or "tokens")
+
+    @property
+    def font_size(self) -> float:
+        """Size of ordinary text, in points."""
+        return 7.0 if self.paper else 9.0
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return the context in which figures of this style are made and drawn."""
+        size = self.font_size
+        settings: dict[Any, Any] = {
+            "font.family": "DejaVu Sans",  # ships with matplotlib: the same letters everywhere
+            "font.size": size,
+            "axes.titlesize": size,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": size,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "grid.color": "#e4e4e4",
+            "grid.linewidth": 0.6,
+            "xtick.labelsize": size - 1,
+            "ytick.labelsize": size - 1,
+            "legend.fontsize": size - 1.5,
+            "legend.title_fontsize": size - 1.5,
+            "legend.frameon": True,
+            "legend.framealpha": 0.85,
+            "legend.edgecolor": "none",
+            "lines.linewidth": 1.0 if self.paper else 1.5,
+            "lines.markersize": 3 if self.paper else 4,
+            "pdf.fonttype": 42,  # TrueType: editable, and what publishers ask for
+            "ps.fonttype": 42,
+        }
+        return matplotlib.rc_context(settings)
+
+
+class ReportFigure(Figure):
+    """A figure that keeps its style wherever it is drawn or saved.
+
+    Ticks are made while drawing and fonts are embedded while saving; both follow the settings of
+    that moment, which are then the caller's.
+    """
+
+    def __init__(self, style: Style, **kwargs: Any) -> None:
+        self._style = style
+        with style.applied():
+            super().__init__(dpi=style.dpi, **kwargs)
+
+    def draw(self, renderer: Any) -> None:
+        """Draw under the figure's own settings."""
+        with self._style.applied():
+            super().draw(renderer)
+
+    def savefig(self, fname: Any, **kwargs: Any) -> None:
+        """Save under the figure's own settings, at its style's resolution."""
+        with self._style.applied():
+            super().savefig(fname, **kwargs)
+
+
+def panels(
+    style: Style,
+    context: FigureContext,
+    title: str,
+    names: Sequence[Sequence[str]],
+    *,
+    heights: Sequence[float] | None = None,
+    widths: Sequence[float] | None = None,
+    panel: tuple[float, float] = PANEL,
+) -> tuple[Figure, dict[str, Axes]]:
+    """Make a figure with a header, a footer and lettered panels between them.
+
+    Parameters
+    ----------
+    title : str
+        The finding with its number; wrapped to the figure's width, dropped in a paper.
+    names : rows of names
+        Where each panel lies; a name that fills several cells spans them. In a paper all panels
+        stand below each other in the order of their first appearance.
+    heights, widths : sequence of float, optional
+        Relative sizes of the rows and columns.
+    panel : (float, float)
+        Inches; width and height of a cell of relative size 1.
+
+    Returns
+    -------
+    Figure and dict of Axes
+        The axes by name. Use within ``style.applied()``.
+    """
+    row_sizes = list(heights or [1.0] * len(names))
+    if style.paper:
+        order = dict.fromkeys(name for row in names for name in row)
+        row_of = {name: i for i, row in reversed(list(enumerate(names))) for name in row}
+        row_sizes = [row_sizes[row_of[name]] for name in order]
+        grid, widths = [[name] for name in order], None
+        width, unit = PAPER_WIDTH, PAPER_PANEL_HEIGHT * panel[1] / PANEL[1]
+    else:
+        grid = [list(row) for row in names]
+        width = panel[0] * sum(widths or [1.0] * len(grid[0]))
+        unit = panel[1]
+    header = _header_lines(style, context, title, width)
+    footer = [] if style.paper else _wrapped(context.environment_line, width, style.font_size - 2)
+    top = sum(size * 1.3 / 72 for _, size, _ in header) + (0.12 if header else 0.02)
+    bottom = len(footer) * (style.font_size - 2) * 1.3 / 72 + (0.08 if footer else 0.02)
+    height = unit * sum(row_sizes) + top + bottom
+
+    body = (0, bottom / height, 1, 1 - (top + bottom) / height)
+    layout = ConstrainedLayoutEngine(rect=body, w_pad=0.06, h_pad=0.06)
+    figure = ReportFigure(style, figsize=(width, height), layout=layout)
+    y = height - 0.06
+    for text, size, kind in header:
+        bold, colour = ("bold", "black") if kind == "title" else ("normal", ALARM)
+        figure.text(
+            0.08 / width,
+            y / height,
+            text,
+            size=size,
+            weight=bold,
+            color=colour,
+            va="top",
+            ha="left",
+        )
+        y -= size * 1.3 / 72
+    if footer:
+        figure.text(
+            0.08 / width,
+            0.05 / height,
+            "\n".join(footer),
+            size=style.font_size - 2,
+            color=MUTED,
+            va="bottom",
+            ha="left",
+        )
+    mosaic: Any = grid
+    axes = figure.subplot_mosaic(
+        mosaic, height_ratios=row_sizes, width_ratios=list(widths) if widths else None
+    )
+    return figure, axes
+
+
+def _header_lines(
+    style: Style, context: FigureContext, title: str, width: float
+) -> list[tuple[str, float, str]]:
+    size = style.font_size
+    lines = []
+    if not style.paper:
+        lines = [(t, size + 3, "title") for t in _wrapped(title, width, size + 3, bold=True)]
+    if context.marks:
+        marks = _wrapped(" · ".join(context.marks), width, size)
+        lines += [(line, size, "marks") for line in marks]
+    return lines
+
+
+def _wrapped(text: str, width: float, size: float, *, bold: bool = False) -> list[str]:
+    """Break lines by the mean width of a letter, but not between a number and its unit."""
+    glued = re.sub(r" (?=(?:ms|µs|%|=|\[))|(?<=[=,]) (?=[\d?])", "\N{NO-BREAK SPACE}", text)
+    letter = (0.63 if bold else 0.55) * size / 72
+    return textwrap.wrap(glued, max(20, int((width - 0.2) / letter)))
+
+
+def headline(axes: Axes, text: str) -> None:
+    """Give a panel its letter and its wrapped heading."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    letter = "abcdefghijkl"[figure.axes.index(axes)]
+    cell = axes.get_subplotspec()
+    assert cell is not None
+    ratios = cell.get_gridspec().get_width_ratios()
+    share = sum(ratios[cell.colspan.start : cell.colspan.stop]) / sum(ratios)
+    width = figure.get_figwidth() * share - 0.5  # the y axis and its label stand left of it
+    size = matplotlib.rcParams["axes.titlesize"]
+    axes.set_title("\n".join(_wrapped(f"({letter}) {text}", width, size, bold=True)))
+
+
+def small() -> float:
+    """Return the size of the smallest text, in points."""
+    return float(matplotlib.rcParams["legend.fontsize"])
+
+
+def headroom(axes: Axes, share: float) -> None:
+    """Leave the upper `share` of a panel free for its legend."""
+    to_axis = axes.yaxis.get_transform()
+    low, high = to_axis.transform(np.array(axes.get_ylim()))
+    top = to_axis.inverted().transform(np.array([low + (high - low) / (1 - share)]))[0]
+    axes.set_ylim(top=float(top))
+
+
+def nothing(axes: Axes, why: str = "not measured") -> None:
+    """Say in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set_axis_off()
+
+
+def ends(statistic: Statistic) -> tuple[float, float | None, float | None]:
+    """Take a number, or a dict with `value`, `low` and `high`, apart; NaN where there is none."""
+    if isinstance(statistic, Mapping):
+        value, low, high = (statistic.get(key) for key in ("value", "low", "high"))
+    else:
+        value, low, high = statistic, None, None
+    return (
+        math.nan if value is None else float(value),
+        None if low is None or not math.isfinite(low) else float(low),
+        None if high is None or not math.isfinite(high) else float(high),
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with so many significant digits, without an exponent while it is readable.
+
+    >>> number(1234.5), number(0.01234), number(7.0), number(None)
+    ('1,234', '0.0123', '7', '?')
+    """
+    if value is None or not math.isfinite(value):
+        return "?"
+    if abs(value) >= 1e7 or 0 < abs(value) < 1e-4:
+        return f"{value:.{digits - 1}e}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
+    """Write an estimate with its interval; the interval decides the digits.
+
+    >>> interval({"value": 12.3456, "low": 12.1, "high": 12.6}, "ms")
+    '12.35 ms [12.10, 12.60]'
+    >>> interval({"value": 540.0, "low": 496.0, "high": None}, "ms"), interval(0.5, "%", 100)
+    ('540 ms [496, ?]', '50 %')
+    """
+    value, low, high = ends(statistic)
+    unit = f" {unit}" if unit else ""
+    bounds = [scale * bound for bound in (low, high) if bound is not None]
+    if not bounds:
+        return number(scale * value) + unit
+    drawn = [*bounds, scale * value]
+    width = max(drawn) - min(drawn)
+    if width <= 1e-12 * abs(scale * value):
+        shown = number(scale * value)
+        return f"{shown}{unit} [{shown}, {shown}]"
+    decimals = min(max(0, 1 - math.floor(math.log10(width))), 6)
+
+    def written(x: float | None) -> str:
+        return "?" if x is None else f"{scale * x:,.{decimals}f}"
+
+    return f"{written(value)}{unit} [{written(low)}, {written(high)}]"
+
+
+def whiskers(statistic: Statistic, scale: float = 1.0) -> NDArray[np.float64]:
+    """Return the lengths of both error bars, shape (2, 1); zero where an end is not known."""
+    value, low, high = ends(statistic)
+    below = 0.0 if low is None else max(0.0, value - low)
+    above = 0.0 if high is None else max(0.0, high - value)
+    return scale * np.array([[below], [above]])
+
+
+def ok_rows(records: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the runs that failed."""
+    return records[records["status"] == "ok"] if "status" in records else records
+
+
+def column(records: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """Return a column as floats, NaN where it was not measured or does not exist."""
+    if name not in records:
+        return np.full(len(records), math.nan)
+    return pd.to_numeric(records[name]).to_numpy(dtype=float, na_value=math.nan)
+
+
+def jitter(count: int, width: float) -> NDArray[np.float64]:
+    """Return offsets within ± width / 2 that let equal points be seen side by side."""
+    return np.random.default_rng(0).uniform(-width / 2, width / 2, count)
+
+
+def point_style(count: int) -> dict[str, Any]:
+    """Return how raw points look: the more, the fainter."""
+    return {
+        "s": 14 if count <= 200 else 6,
+        "alpha": float(np.clip(60 / max(count, 1), 0.12, 0.7)),
+        "linewidths": 0,
+        "rasterized": count > 2_000,
+    }
+
+
+def draw_fit(
+    axes: Axes, fit: Mapping[str, Any] | None, x: NDArray[np.float64], colour: str, label: str
+) -> None:
+    """Draw a straight line with its band over the range of `x`.
+
+    Parameters
+    ----------
+    fit : mapping or None
+        Reads `slope` and `intercept` (estimates or numbers) and, where there is one, `band` with
+        the lists `x`, `low` and `high`. Nothing is drawn for None.
+    """
+    x = x[np.isfinite(x)]
+    if not fit or not x.size:
+        return
+    over = np.linspace(x.min(), x.max(), 50)
+    slope, intercept = ends(fit.get("slope"))[0], ends(fit.get("intercept"))[0]
+    if not (math.isfinite(slope) and math.isfinite(intercept)):
+        return
+    axes.plot(over, intercept + slope * over, color=colour, label=label, zorder=3)
+    if band := fit.get("band"):
+        low, high = (np.array(band[key], dtype=float) for key in ("low", "high"))
+        axes.fill_between(band["x"], low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,0 +1,248 @@
+"""Made-up records and statistics of the shapes that the experiments give."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vlm_latency.plots.style import FigureContext, Style
+from vlm_latency.records import measured_table
+
+PARAMETERS = {
+    "params_vision_encoder": 289_000_000,
+    "params_projector": 60_000_000,
+    "params_image_projector": 50_000_000,
+    "params_llm": 7_600_000_000,
+    "params_llm_active": 7_600_000_000,
+    "params_total": 7_949_000_000,
+    "params_active": 7_949_000_000,
+    "moe_num_experts": None,
+    "moe_top_k": None,
+}
+
+
+def estimate(value, share=0.04, **more):
+    """An estimate as statistics give it, `share` to both sides."""
+    return {
+        "value": value,
+        "low": value - abs(share * value),
+        "high": value + abs(share * value),
+        "level": 0.95,
+        "n": 40,
+        "method": "made up",
+        "note": "",
+        **more,
+    }
+
+
+def fit(x, y):
+    """A straight line as statistics give it, with a band."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    slope, intercept = np.polyfit(x, y, 1) if np.ptp(x) else (0.0, y.mean())
+    over = np.linspace(x.min(), x.max(), 20)
+    line = intercept + slope * over
+    band = {"x": over.tolist(), "low": (0.97 * line).tolist(), "high": (1.03 * line).tolist()}
+    return {
+        "slope": estimate(float(slope)),
+        "intercept": estimate(float(intercept)),
+        "r_squared": 0.98,
+        "n": x.size,
+        "method": "made up",
+        "band": band,
+    }
+
+
+def summary(values):
+    """What `statistics.summary` gives."""
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return {
+        "n": len(values),
+        "mean": estimate(float(np.mean(values))),
+        "std": float(np.std(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "P50": estimate(p50, 0.02),
+        "P95": estimate(p95, 0.05),
+        "P99": estimate(
+            p99, 0.1, high=None, note="the upper bound of P99 needs n >= 368 (found 200)"
+        ),
+        "tail_ratio": estimate(p99 / p50, 0.1),
+    }
+
+
+def records(tiles, lengths, runs=1, seed=0):
+    """Runs of every (rows, columns) tiling with its output length; crops and tokens as Molmo's."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for run in range(runs):
+        for i, ((down, across), length) in enumerate(zip(tiles, lengths, strict=True)):
+            crops = down * across + 1
+            tokens = 144 + (8 * down + 4) * (8 * across + 4)
+            noise = rng.lognormal(0, 0.03, 5)
+            vision, projector, prefill = (
+                20.0 * crops * noise[0],
+                1.5 * crops * noise[1],
+                (5 + 0.11 * tokens) * noise[2],
+            )
+            steps = (12 + 0.001 * np.arange(length - 1)) * rng.lognormal(0, 0.05, length - 1)
+            other = 0.8 * noise[4]
+            rows.append(
+                {
+                    "request_id": f"r{i}",
+                    "run_index": run,
+                    "order_index": len(rows),
+                    "image_id": i,
+                    "status": "ok",
+                    "tiling_rows": down,
+                    "tiling_cols": across,
+                    "grid": f"{down}×{across}",
+                    "pair": f"{crops} crops" if crops in (7, 13) else None,
+                    "num_crops": crops,
+                    "num_vision_tokens": tokens,
+                    "num_vision_patches": 576 * crops,
+                    "num_total_tokens": tokens + 30,
+                    "num_output_tokens": length,
+                    "T_preprocess": 14 * noise[3],
+                    "T_vision_encoder": vision,
+                    "T_projector": projector,
+                    "T_vision_total": vision + projector,
+                    "T_LLM_prefill": prefill,
+                    "T_LLM_decode": steps.sum(),
+                    "T_other": other,
+                    "T_first_token": vision + projector + prefill + 0.5,
+                    "T_total": vision + projector + prefill + steps.sum() + other,
+                    "decode_step_ms": steps.tolist(),
+                }
+            )
+    return measured_table(rows)
+
+
+@pytest.fixture
+def context():
+    line = "tiny-molmo, CPU (1 thread), float32, sdpa, torch 2.13, commit 0123abc, 2025-01-01"
+    return FigureContext(line, ("synthetic", "random weights"), "tiny-molmo")
+
+
+@pytest.fixture(params=["default", "paper"])
+def style(request):
+    return Style(paper=request.param == "paper")
+
+
+def exp1(n=200):
+    rng = np.random.default_rng(1)
+    kinds = [(2, 3), (2, 2), (3, 3), (1, 2), (1, 3)]
+    tiles = [kinds[i] for i in rng.choice(5, n, p=[0.72, 0.1, 0.06, 0.07, 0.05])]
+    table = records(tiles, rng.choice([1, 2, 3, 4, 6, 9], n, p=[0.55, 0.25, 0.1, 0.05, 0.03, 0.02]))
+    shares = {"tiling": 0.61, "output_length": 0.33, "text_length": 0.004, "noise": 0.05}
+    return SimpleNamespace(
+        records=table,
+        statistics={
+            "T_total": summary(table["T_total"]),
+            "T_first_token": summary(table["T_first_token"]),
+            "variance": {name: estimate(share, 0.15) for name, share in shares.items()},
+        },
+    )
+
+
+def exp2(n=60):
+    table = exp1(n).records
+    names = [c for c in table if str(c).startswith("T_") and table[c].notna().any()]
+    means = {name: estimate(float(table[name].mean())) for name in names}
+    shares = {
+        name: estimate(float(table[name].mean() / table["T_total"].mean()), 0.02) for name in names
+    }
+    return SimpleNamespace(
+        records=table, statistics={"means": means, "shares": shares, "n": len(table)}
+    )
+
+
+def exp3(runs=5):
+    grids = [(1, k) for k in range(1, 13)] + [(2, 3), (3, 4), (2, 6)]
+    table = records(grids, [1] * len(grids), runs)
+    names = ("T_total", "T_LLM_prefill", "T_vision_encoder", "T_projector")
+    return SimpleNamespace(
+        records=table,
+        statistics={
+            "fits": {name: fit(table["num_vision_tokens"], table[name]) for name in names},
+            "encoder_per_crop": estimate(20.1),
+            "prefill_per_token": estimate(0.11),
+            "exponent": estimate(0.93),
+        },
+    )
+
+
+def exp4(lengths=(8, 16, 32, 64, 128, 256, 512)):
+    table = pd.concat([records([(2, 3)] * 4, [n] * 4, seed=n) for n in lengths], ignore_index=True)
+    parts = ("T_total", "T_vision_total", "T_LLM_prefill", "T_LLM_decode", "T_other")
+    means = table.groupby("num_output_tokens")[list(parts)].mean()
+    longest = int(max(lengths)) - 1
+    at = np.arange(1, longest + 1, max(1, longest // 40))
+    return SimpleNamespace(
+        records=table,
+        statistics={
+            "fits": {
+                name: fit(table["num_output_tokens"], table[name])
+                for name in ("T_LLM_decode", "T_total")
+            },
+            "lengths": [
+                {"num_output_tokens": int(n), **{p: estimate(float(row[p])) for p in parts}}
+                for n, row in means.iterrows()
+            ],
+            "prefill": estimate(float(table["T_first_token"].mean())),
+            "steps": {
+                "position": at.tolist(),
+                "median": (12 + 0.001 * at).tolist(),
+                "low": (11.8 + 0.001 * at).tolist(),
+                "high": (12.2 + 0.001 * at).tolist(),
+            },
+            "step_growth": estimate(1.042, 0.005),
+            "dropped_lengths": [1024, 2048, 4096],
+        },
+    )
+
+
+def exp5():
+    rng = np.random.default_rng(2)
+    crops, tokens = np.repeat(np.arange(2, 14), 3), np.repeat([8, 16, 32, 64, 128, 256, 512], 4)
+    flops = np.concatenate([crops * 0.37e12 + 2e11, 2.6e12 + tokens * 14e9])
+    latency = np.concatenate([crops * 30.0, 250 + tokens * 12.0])
+    latency = latency * rng.lognormal(0, 0.04, latency.size)
+    points = pd.DataFrame(
+        {
+            "sweep": ["exp3"] * crops.size + ["exp4"] * tokens.size,
+            "flops": flops,
+            "latency_ms": latency,
+            "predicted_flops": 300 + 0 * latency + 1e-10 * flops,
+            "predicted_roofline_calibrated": latency * rng.lognormal(0, 0.05, latency.size),
+        }
+    )
+
+    def measures(rows):
+        return {
+            "r_squared": 0.31,
+            "pearson": estimate(0.56, 0.1),
+            "spearman": estimate(0.7, 0.1),
+            "fit": fit(rows["flops"], rows["latency_ms"]),
+        }
+
+    return SimpleNamespace(
+        points=points,
+        statistics={
+            "exp3": measures(points[points["sweep"] == "exp3"]),
+            "exp4": measures(points[points["sweep"] == "exp4"]),
+            "combined": measures(points),
+            "ms_per_tflop": {
+                "encoder": estimate(55.0),
+                "prefill": estimate(80.0),
+                "decode": estimate(860.0),
+            },
+            "held_out_error": {
+                "flops": estimate(0.64, 0.2),
+                "tokens": estimate(0.12, 0.2),
+                "roofline_nominal": estimate(0.35, 0.2),
+                "roofline_calibrated": estimate(0.04, 0.3),
+            },
+            "estimator": "analytic",
+        },
+    )
