@@ -1,4 +1,4 @@
-"""Molmo v1 as a transformers model: MolmoE-1B, Molmo-7B-O, Molmo-7B-D and Molmo-72B (arXiv 2409.17146).
+"""Molmo v1 (arXiv 2409.17146) as a transformers model: MolmoE-1B, 7B-O, 7B-D and 72B.
 
 ``import vlm_latency.molmo`` is light; touching any of the names below imports transformers and
 registers them with its Auto classes. :mod:`vlm_latency.molmo.tiling` needs neither torch nor

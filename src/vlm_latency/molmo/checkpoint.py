@@ -82,7 +82,9 @@ def hub_conversions(config: MolmoConfig) -> list[WeightTransform]:
         backbone + r"image_projector\.w2\.": f"{connector}down_proj.",
         backbone + r"image_projector\.w3\.": f"{connector}up_proj.",
     }
-    conversions: list[WeightTransform] = [WeightRenaming(hub, ours) for hub, ours in renames.items()]
+    conversions: list[WeightTransform] = [
+        WeightRenaming(hub, ours) for hub, ours in renames.items()
+    ]
     conversions += [
         WeightConverter(
             f"self_attn.att_proj.{kind}",
@@ -110,11 +112,15 @@ def hub_conversions(config: MolmoConfig) -> list[WeightTransform]:
 
 def hub_tensors(config: MolmoConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint in the hub's format."""
-    text, vision = config.text_config, config.vision_config
+    return _hub_decoder(config) | _hub_backbone(config)
+
+
+def _hub_decoder(config: MolmoConfig) -> dict[str, tuple[int, ...]]:
+    text = config.text_config
     width, mlp = text.hidden_size, text.intermediate_size
     head = width // text.num_attention_heads
-    qkv = (text.num_attention_heads + 2 * text.num_key_value_heads) * head
     keys = text.num_key_value_heads * head
+    qkv = text.num_attention_heads * head + 2 * keys
     moe = text.model_type == "olmoe"
 
     shapes: dict[str, tuple[int, ...]] = {
@@ -146,37 +152,38 @@ def hub_tensors(config: MolmoConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{block}ff_norm.weight"] = (width,)
             shapes[f"{block}ff_proj.weight"] = (2 * mlp, width)
             shapes[f"{block}ff_out.weight"] = (width, mlp)
-
-    dim, inner = vision.hidden_size, vision.intermediate_size
-    features = dim * len(config.vision_feature_layers)
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        shapes[f"{name}.bias"] = (outputs,)
-
-    backbone = "model.vision_backbone."
-    vit = f"{backbone}image_vit."
-    shapes[f"{vit}class_embedding"] = (dim,)
-    shapes[f"{vit}positional_embedding"] = (config.num_patches_per_side**2 + 1, dim)
-    shapes[f"{vit}patch_embedding.weight"] = (dim, 3 * vision.patch_size**2)
-    shapes |= {f"{vit}pre_ln.weight": (dim,), f"{vit}pre_ln.bias": (dim,)}
-    for index in range(vision.num_hidden_layers):
-        block = f"{vit}transformer.resblocks.{index}."
-        for name in ("wq", "wk", "wv", "wo"):
-            linear(f"{block}attention.{name}", dim, dim)
-        for norm in ("attention_norm", "ffn_norm"):
-            shapes |= {f"{block}{norm}.weight": (dim,), f"{block}{norm}.bias": (dim,)}
-        linear(f"{block}feed_forward.w1", inner, dim)
-        linear(f"{block}feed_forward.w2", dim, inner)
-
-    shapes[f"{backbone}pad_embed"] = (2, features)
-    for name in ("wq", "wk", "wv"):
-        linear(f"{backbone}image_pooling_2d.{name}", dim, features)
-    linear(f"{backbone}image_pooling_2d.wo", dim, dim)
-    shapes[f"{backbone}image_projector.w1.weight"] = (mlp, dim)
-    shapes[f"{backbone}image_projector.w2.weight"] = (width, mlp)
-    shapes[f"{backbone}image_projector.w3.weight"] = (mlp, dim)
     return shapes
+
+
+def _hub_backbone(config: MolmoConfig) -> dict[str, tuple[int, ...]]:
+    text, vision = config.text_config, config.vision_config
+    width, mlp = vision.hidden_size, vision.intermediate_size
+    features = width * len(config.vision_feature_layers)
+    linear: dict[str, tuple[int, int]] = {}  # layers with a bias
+    norms = ["image_vit.pre_ln"]
+    for index in range(vision.num_hidden_layers):
+        block = f"image_vit.transformer.resblocks.{index}."
+        linear |= {f"{block}attention.{name}": (width, width) for name in ("wq", "wk", "wv", "wo")}
+        linear[f"{block}feed_forward.w1"] = (mlp, width)
+        linear[f"{block}feed_forward.w2"] = (width, mlp)
+        norms += [f"{block}attention_norm", f"{block}ffn_norm"]
+    linear |= {f"image_pooling_2d.{name}": (width, features) for name in ("wq", "wk", "wv")}
+    linear["image_pooling_2d.wo"] = (width, width)
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "image_vit.class_embedding": (width,),
+        "image_vit.positional_embedding": (config.num_patches_per_side**2 + 1, width),
+        "image_vit.patch_embedding.weight": (width, 3 * vision.patch_size**2),
+        "pad_embed": (2, features),
+        "image_projector.w1.weight": (text.intermediate_size, width),
+        "image_projector.w2.weight": (text.hidden_size, text.intermediate_size),
+        "image_projector.w3.weight": (text.intermediate_size, width),
+    }
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name in norms:
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return {f"model.vision_backbone.{name}": shape for name, shape in shapes.items()}
 
 
 def tensor_shapes(

@@ -128,8 +128,8 @@ class MolmoConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     additional_vocab_size: int = 128
     vision_feature_layers: list[int] | tuple[int, ...] = (-2, -9)
     max_crops: int = 12

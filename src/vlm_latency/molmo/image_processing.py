@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlm_latency.errors import UserError
 from vlm_latency.molmo import tiling
@@ -39,6 +39,7 @@ class MolmoImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
+        *,
         max_crops: int = 12,
         overlap_margins: Sequence[int] = (4, 4),
         base_image_input_size: Sequence[int] = (336, 336),

@@ -107,7 +107,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
     config: MolmoConfig
     config_class = MolmoConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     _no_split_modules = [  # noqa: RUF012 (the base class's convention)
         "MolmoVisionLayer",
         "MolmoConnector",
@@ -124,7 +124,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
+        std = self.config.get_text_config().initializer_range
         if isinstance(module, MolmoVisionModel):
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.position_embedding, std=std)
@@ -133,7 +133,7 @@ class MolmoPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(
-        model: PreTrainedModel,
+        model: Any,
         state_dict: dict | None,
         checkpoint_files: list[str] | None,
         load_config: Any,
@@ -258,7 +258,12 @@ class MolmoModel(MolmoPreTrainedModel):
         super().__init__(config)
         self.vision_tower = MolmoVisionModel(config)
         self.multi_modal_projector = MolmoConnector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        text = config.text_config
+        odd = text.hidden_size % 8 or text.intermediate_size % 8
+        if text.model_type == "olmoe" and odd and text._experts_implementation is None:
+            # Grouped matrix products, the default, want rows of a multiple of 16 bytes.
+            text._experts_implementation = "batched_mm"
+        self.language_model = AutoModel.from_config(text)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -296,20 +301,21 @@ class MolmoModel(MolmoPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_masks: torch.Tensor | None = None,
-        image_input_idx: torch.LongTensor | None = None,
+        image_input_idx: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MolmoModelOutputWithPast:
         """See `MolmoForConditionalGeneration.forward`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("Give either input_ids or inputs_embeds.")
         if inputs_embeds is None:
+            if input_ids is None:
+                raise UserError("Give input_ids or inputs_embeds.")
             # −1 stands for padding; what its position holds is never looked at.
             inputs_embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
 
@@ -317,7 +323,7 @@ class MolmoModel(MolmoPreTrainedModel):
         if pixel_values is not None:
             if image_input_idx is None:
                 raise UserError("pixel_values came without image_input_idx.")
-            image_features = self.get_image_features(pixel_values, image_masks).pooler_output
+            image_features = self.get_image_features(pixel_values, image_masks)["pooler_output"]
             inputs_embeds = self._add_image_features(inputs_embeds, image_features, image_input_idx)
 
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -376,12 +382,13 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_masks: torch.Tensor | None = None,
-        image_input_idx: torch.LongTensor | None = None,
+        image_input_idx: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -430,7 +437,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:  # type: ignore[misc]
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise UserError(

@@ -27,7 +27,7 @@ class MolmoProcessor(ProcessorMixin):
         Ids that need not be in the tokenizer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 (ProcessorMixin sees positional arguments only)
         self,
         image_processor: MolmoImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
@@ -58,10 +58,8 @@ class MolmoProcessor(ProcessorMixin):
             raise UserError("The tokenizer has no end of text: give bos_token_id.")
 
     @classmethod
-    def from_config(
-        cls, config: MolmoConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> MolmoProcessor:
-        """The processor that fits a configuration, with a tokenizer that may lack its special ids."""
+    def from_config(cls, config: MolmoConfig, tokenizer: PreTrainedTokenizerBase) -> MolmoProcessor:
+        """The processor of a configuration; the tokenizer may lack the special tokens."""
         crop = config.vision_config.image_size
         images = MolmoImageProcessor(
             max_crops=config.max_crops,
@@ -76,7 +74,9 @@ class MolmoProcessor(ProcessorMixin):
             image_end_token_id=config.image_end_token_id,
             image_token_id=config.image_token_id,
             image_col_token_id=config.image_col_token_id,
-            bos_token_id=config.eos_token_id if config.bos_token_id is None else config.bos_token_id,
+            bos_token_id=config.eos_token_id
+            if config.bos_token_id is None
+            else config.bos_token_id,
         )
 
     def __call__(

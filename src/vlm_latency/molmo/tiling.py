@@ -1,4 +1,4 @@
-"""How Molmo cuts an image into crops and how many tokens that makes: arithmetic on sizes, no pixels.
+"""How Molmo cuts an image into crops and how many tokens that makes: arithmetic, no pixels.
 
 Molmo (arXiv 2409.17146, section 2) shows the vision encoder one resized view of the whole image
 and a grid of overlapping square crops. Neighbouring crops share a margin, of which each crop keeps
@@ -72,6 +72,7 @@ def select_tiling(
     height: int,
     width: int,
     max_crops: int = 12,
+    *,
     patch_size: int = 14,
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
@@ -140,6 +141,7 @@ def image_token_counts(
     width: int,
     height: int,
     max_crops: int = 12,
+    *,
     patch_size: int = 14,
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
@@ -152,7 +154,9 @@ def image_token_counts(
     ImageTokens(num_crops=7, tiling_rows=2, tiling_cols=3, num_vision_tokens=704, \
 num_image_special_tokens=36, num_vision_patches=4032)
     """
-    rows, cols = select_tiling(height, width, max_crops, patch_size, crop, margins)
+    rows, cols = select_tiling(
+        height, width, max_crops, patch_size=patch_size, crop=crop, margins=margins
+    )
     crops = rows * cols + 1
     side = _tokens_along(crop, patch_size)
     high = _tokens_along(canvas_size(rows, patch_size, crop, margins), patch_size)
@@ -168,7 +172,7 @@ num_image_special_tokens=36, num_vision_patches=4032)
 
 
 def _canvas_places(tiles: int, patch_size: int, crop: int, margins: tuple[int, int]) -> np.ndarray:
-    """(tiles, tokens per crop side): place on the canvas of each token; −1 where a neighbour has it."""
+    """(tiles, tokens per crop side): each token's place on the canvas; −1 if a neighbour has it."""
     left, right = margins
     window = crop // patch_size - left - right
     places = np.full((tiles, _tokens_along(crop, patch_size)), -1, np.int32)
@@ -220,6 +224,6 @@ def image_token_layout(
     y, x = ys[:, None, :, None], xs[None, :, None, :]
     places = len(overview) + 1 + y * (wide + 1) + x
     idx[1:] = np.where((y >= 0) & (x >= 0), places, -100).reshape(-1, side, side)
-    idx = idx.reshape(rows * cols + 1, side * side)
-    kinds.flags.writeable = idx.flags.writeable = False
-    return kinds, idx
+    flat = idx.reshape(rows * cols + 1, side * side)
+    kinds.flags.writeable = flat.flags.writeable = False
+    return kinds, flat
