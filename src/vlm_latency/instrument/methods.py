@@ -216,7 +216,7 @@ class TimelineMeter(Meter):
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         host = intervals(self.timeline.host_marks(), len(tokens))
         device_marks = self.timeline.device_marks()
-        times = dict.fromkeys(_TIMES)
+        times: dict[str, Any] = dict.fromkeys(_TIMES)
         if device_marks is None:
             times.update(host)
         else:
@@ -324,7 +324,7 @@ class SubtractionMeter(Meter):
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         owned = partition(self.timeline.device_marks() or self.timeline.host_marks())
         total_ms = sum(owned.values()) / 1e6
-        times = dict.fromkeys(_TIMES)
+        times: dict[str, Any] = dict.fromkeys(_TIMES)
         if forward_ms is None:
             prefill_ms = owned[PREFILL] / 1e6
         else:
@@ -550,7 +550,8 @@ def _engine_arguments(
 
     on_cuda = device.type == "cuda"
     config = CompileConfig(fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
-    config._compile_all_devices = True  # otherwise transformers compiles on accelerators only
+    # transformers compiles on accelerators only, unless told so
+    config._compile_all_devices = True  # type: ignore[assignment]
     return {**arguments, "compile_config": config}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from vlm_latency.instrument.clock import Clock
@@ -130,7 +129,14 @@ def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
     """
     owned: dict[str, int] = {}
     stack: list[str] = []
-    for mark, following in pairwise([*marks, None]):
+    before: Mark | None = None
+    for mark in marks:
+        if before is not None:
+            elapsed = mark.time_ns - before.time_ns
+            if elapsed < 0:
+                raise ValueError(f"time runs backwards from {before} to {mark}")
+            owner = stack[-1] if stack else outside
+            owned[owner] = owned.get(owner, 0) + elapsed
         if mark.opens:
             stack.append(mark.label)
             owned.setdefault(mark.label, 0)
@@ -139,12 +145,7 @@ def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
             del stack[innermost]
         else:
             raise ValueError(f"{mark.label!r} closes at {mark.time_ns} ns but is not open")
-        if following is not None:
-            elapsed = following.time_ns - mark.time_ns
-            if elapsed < 0:
-                raise ValueError(f"time runs backwards from {mark} to {following}")
-            owner = stack[-1] if stack else outside
-            owned[owner] = owned.get(owner, 0) + elapsed
+        before = mark
     if stack:
         raise ValueError(f"still open after the last mark: {stack}")
     return owned
