@@ -52,7 +52,7 @@ class Group(BaseModel):
 class ModelOptions(Group):
     """``model.*``: which model, with which weights, where and how it runs."""
 
-    name: str | None = "tiny-molmo"  # zoo name, hub id or local folder
+    name: str | None = None  # zoo name, hub id or local folder
     weights: Literal["auto", "pretrained", "random"] = "auto"
     revision: str | None = None
     zoo_file: str | None = None  # a user's own zoo, laid over the built-in one
@@ -84,7 +84,7 @@ class DatasetOptions(Group):
     """``dataset.*``: where the questions and images come from."""
 
     name: str | None = "coco_2014_vqa"
-    source: Literal["synthetic", "official", "hub", "folder"] | None = "synthetic"
+    source: Literal["synthetic", "official", "hub", "folder"] | None = None
     path: str | None = None
     split: Literal["validation", "val", "train"] = "validation"
     hub_id: str = "lmms-lab/VQAv2"
@@ -93,6 +93,7 @@ class DatasetOptions(Group):
     questions_file: str | None = None  # source=folder: the CSV or JSONL
     seed: int = 0
     size: Annotated[int, Field(ge=1)] | None = None  # source=synthetic: number of images
+    image_cache: str = "data/02_intermediate/hub_images"  # source=hub: where drawn images are kept
 
 
 class PromptOptions(Group):
@@ -110,6 +111,7 @@ class PromptOptions(Group):
 class SamplingOptions(Group):
     """``expN.sampling.*``: which requests an experiment makes."""
 
+    requests: str | None = None  # a table of requests made before (parquet), instead of drawing
     num_samples: Annotated[int, Field(ge=1)] | None = None
     order: Literal["random", "first"] | None = None  # None = as the protocol says
     seed: int = 0
@@ -293,14 +295,23 @@ class Options(Group):
             raise UserError("\n".join(dict.fromkeys(wrong)))
         return options
 
-    def experiment(self, name: str) -> ExperimentOptions:
-        """Give the effective options of one experiment."""
+    def experiment(self, name: str, weights: str = "pretrained") -> ExperimentOptions:
+        """Give the effective options of one experiment.
+
+        Parameters
+        ----------
+        name
+            ``exp1`` … ``exp5``.
+        weights
+            ``pretrained`` or ``random``, as ``model.weights=auto`` came out: a model with random
+            weights never says where its answer ends, so its default output length is ``answer``.
+        """
         own: Any = getattr(self, name)
         preset = PRESETS[self.protocol]
         sampling = getattr(own, "sampling", SamplingOptions())
         measurement = _settle(
             {**self.measurement.model_dump(), **getattr(own, "measurement", {})},
-            {**preset["measurement"], "output_length": _default_length(name, self)},
+            {**preset["measurement"], "output_length": _default_length(name, self.protocol, weights)},
         )
         if measurement["use_hook_for_llm_prefill"]:
             asked = {**self.measurement.model_dump(), **getattr(own, "measurement", {})}["method"]
@@ -331,16 +342,11 @@ def _settle(values: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
     return {key: preset.get(key) if value is None else value for key, value in values.items()}
 
 
-def _default_length(name: str, options: Options) -> str:
-    """What an experiment asks the model to write, where the user has not said.
-
-    ``auto`` weights are settled later (a zoo name is random): there ``natural`` becomes
-    ``answer``, which is forced to the ground-truth answer's length.
-    """
-    if name == "exp3" or (name == "exp1" and options.protocol == "seed"):
+def _default_length(name: str, protocol: str, weights: str) -> str:
+    """What an experiment asks the model to write, where the user has not said."""
+    if name == "exp3" or (name == "exp1" and protocol == "seed"):
         return "none"
-    random = options.model.weights == "random"
-    return "answer" if random else "natural"
+    return "answer" if weights == "random" else "natural"
 
 
 def _explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:

@@ -1,0 +1,74 @@
+"""``kedro run`` for people: an error a user can mend is one message and a non-zero status."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+
+from vlm_latency.errors import UserError
+
+
+@click.group(name="vlm-latency")
+def cli() -> None:
+    """Commands of the vlm-latency project."""
+
+
+class Run(click.Command):
+    """Kedro's own ``run``, with ``--traceback`` beside its options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        traceback = ctx.params.pop("traceback") or bool(os.environ.get("VLM_LATENCY_TRACEBACK"))
+        # Both spellings, --pipeline and --pipelines, stay: there is nothing to act on.
+        warnings.filterwarnings("ignore", message=".*--pipeline' is deprecated.*")
+        with _one_message(traceback):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_message(traceback: bool) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, click.Abort):
+        raise SystemExit(
+            "\nInterrupted. Finished runs are kept: the same command continues where it stopped."
+        ) from None
+    except click.ClickException:
+        raise
+    except Exception as error:
+        found = user_error(error)
+        if traceback or found is None:
+            raise
+        raise click.ClickException(f"{found}\n(--traceback shows where)") from None
+
+
+def user_error(error: BaseException | None) -> str | None:
+    """Find the user's error inside what Kedro wrapped around it.
+
+    Returns
+    -------
+    str or None
+        Its message; ``None`` when this is a defect of the program, whose traceback is wanted.
+    """
+    while error is not None:
+        if isinstance(error, UserError) or str(error).startswith("Failed to find the pipeline"):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+run = Run(
+    "run",
+    callback=kedro_run.callback,
+    help=kedro_run.help,
+    params=[
+        *kedro_run.params,
+        click.Option(["--traceback"], is_flag=True, help="Show the traceback of an error."),
+    ],
+)
+cli.add_command(run)

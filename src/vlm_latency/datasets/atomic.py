@@ -1,0 +1,155 @@
+"""Files that are either the old one or the new one, never half of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from kedro.io import AbstractDataset
+from kedro_datasets._typing import JSONPreview, TablePreview
+
+from vlm_latency.errors import DataError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a temporary file beside ``path`` that takes its place once it is whole.
+
+    Raises
+    ------
+    DataError
+        When the folder cannot be written or the disk is full; the old file stays.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+            "output_dir"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which temporary files do not follow by themselves."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def plain(value: Any) -> Any:
+    """Make a value that JSON can hold: not-a-number and infinities become ``null``."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or value is pd.NA:
+        return None
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+class FileDataset(AbstractDataset):
+    """A local file; what it holds is its children's matter."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(filepath)
+        self._filepath = self._path  # the name under which Kedro-Viz looks for it
+        self.metadata = metadata
+
+    def _exists(self) -> bool:
+        return self._path.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class AtomicJSON(FileDataset):
+    """JSON without NaN, written whole or not at all.
+
+    Parameters
+    ----------
+    filepath
+        The file.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def load(self) -> Any:
+        return read_json(self._path)
+
+    def save(self, data: Any) -> None:
+        with replacing(self._path) as temporary:
+            text = json.dumps(plain(data), allow_nan=False, ensure_ascii=False, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def preview(self) -> JSONPreview:
+        """Show the result in Kedro-Viz, all but its entries."""
+        data = self.load()
+        if isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key != "results"}
+        return JSONPreview(json.dumps(data))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    DataError
+        When it is missing, unreadable or not JSON (with the line).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
+
+
+class AtomicParquet(FileDataset):
+    """A table in a parquet file, written whole or not at all.
+
+    Parameters
+    ----------
+    filepath
+        The file.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def load(self) -> pd.DataFrame:
+        return pd.read_parquet(self._path)
+
+    def save(self, data: pd.DataFrame) -> None:
+        with replacing(self._path) as temporary:
+            data.to_parquet(temporary, index=False)
+
+    def preview(self, nrows: int = 20) -> TablePreview:
+        """Show the first rows in Kedro-Viz."""
+        return TablePreview(plain(self.load().head(nrows).to_dict(orient="split")))

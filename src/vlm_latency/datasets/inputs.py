@@ -1,0 +1,176 @@
+"""What an experiment starts from: a model, questions, and results made before.
+
+Each is opened when a node first asks for it, not when the pipeline starts: a command that has
+nothing left to measure loads no model.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kedro.io import AbstractDataset
+
+from vlm_latency.datasets.atomic import read_json
+from vlm_latency.errors import DataError
+from vlm_latency.options import DatasetOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from vlm_latency.models.architecture import Architecture
+    from vlm_latency.models.loading import VLM
+    from vlm_latency.vqa import QuestionSource
+
+
+class Model:
+    """A model that is described at once and loaded when it is first run."""
+
+    def __init__(self, options: ModelOptions):
+        self.options = options
+
+    @cached_property
+    def weights(self) -> str:
+        """``pretrained`` or ``random``; known without loading anything."""
+        from vlm_latency.models import weights_kind
+
+        return weights_kind(self.options)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What analyses need to know, without weights."""
+        from vlm_latency.models import describe
+
+        return describe(self.options)
+
+    @cached_property
+    def vlm(self) -> VLM:
+        """The model on its device, ready to measure."""
+        from vlm_latency.models import load
+
+        return load(self.options)
+
+
+class ModelDataset(AbstractDataset[NoReturn, Model]):
+    """A vision-language model.
+
+    Parameters
+    ----------
+    options
+        The ``model.*`` parameters.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
+        self._options = dict(options)
+        self.metadata = metadata
+
+    def load(self) -> Model:
+        return Model(ModelOptions.model_validate(self._options))
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("a model is only read")
+
+    def _describe(self) -> dict[str, Any]:
+        return self._options
+
+
+class VQADataset(AbstractDataset[NoReturn, "QuestionSource"]):
+    """VQA v2 questions and their images: official files, a hub dataset, a folder, or synthetic.
+
+    Parameters
+    ----------
+    options
+        The ``dataset.*`` parameters.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
+        self._options = dict(options)
+        self.metadata = metadata
+
+    def load(self) -> QuestionSource:
+        from vlm_latency.vqa import open_source
+
+        options = DatasetOptions.model_validate(self._options)
+        if options.source is None:
+            raise DataError("no dataset: set dataset.source (and dataset.path)")
+        return open_source(**options.model_dump())
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("questions are only read")
+
+    def _describe(self) -> dict[str, Any]:
+        return self._options
+
+
+class EarlierResult(AbstractDataset[NoReturn, Any]):
+    """A result that another command made; it is read and never written.
+
+    Parameters
+    ----------
+    filepath
+        Where the command would have put it.
+    chosen
+        Where the user says it is, if so.
+    made_by
+        The pipeline that makes it.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(
+        self,
+        *,
+        filepath: str,
+        made_by: str,
+        chosen: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        self._path = Path(chosen or filepath)
+        self._made_by = made_by
+        self.metadata = metadata
+
+    def load(self) -> Any:
+        if not self._path.is_file():
+            raise DataError(
+                f"no result {self._path}; run 'kedro run --pipeline {self._made_by}' first, with the "
+                "same output_dir, or say where it lies with exp5.vision_results and "
+                "exp5.language_results"
+            )
+        return read_json(self._path)
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("an earlier result is only read")
+
+    def _exists(self) -> bool:
+        return self._path.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class OptionalJSON(AbstractDataset[NoReturn, Any]):
+    """A JSON file that need not be there: ``None`` then.
+
+    Parameters
+    ----------
+    filepath
+        The file.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> Any:
+        return read_json(self._path) if self._path.is_file() else None
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("this file is only read here")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}

@@ -1,0 +1,103 @@
+"""What people come for: figures, tables and the page, written whole or not at all."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pandas as pd
+from kedro.io import AbstractDataset
+from kedro_datasets._typing import HTMLPreview, ImagePreview
+
+from vlm_latency.datasets.atomic import FileDataset, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class FigureFile(FileDataset):
+    """A matplotlib figure, saved as PNG and, beside it, as PDF.
+
+    Parameters
+    ----------
+    filepath
+        The PNG.
+    dpi
+        Resolution of the PNG, dots per inch.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, dpi: int = 300, metadata: dict[str, Any] | None = None):
+        super().__init__(filepath=filepath, metadata=metadata)
+        self._dpi = dpi
+
+    def load(self) -> bytes:
+        return self._path.read_bytes()
+
+    def save(self, data: Figure) -> None:
+        for path in (self._path, self._path.with_suffix(".pdf")):
+            with replacing(path) as temporary:
+                data.savefig(temporary, dpi=self._dpi)
+
+    def preview(self) -> ImagePreview:
+        """Show the figure in Kedro-Viz."""
+        return ImagePreview(base64.b64encode(self.load()).decode())
+
+
+class TableFolder(AbstractDataset[Mapping[str, pd.DataFrame], NoReturn]):
+    """Tables by name, each as CSV and as booktabs LaTeX in one folder.
+
+    Parameters
+    ----------
+    filepath
+        The folder.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._folder = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> NoReturn:
+        raise NotImplementedError("tables are written for people; read the records or the result")
+
+    def save(self, data: Mapping[str, pd.DataFrame]) -> None:
+        from vlm_latency.plots.tables import to_csv, to_latex
+
+        for name, table in data.items():
+            for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table))):
+                with replacing(self._folder / f"{name}{suffix}") as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+    def _exists(self) -> bool:
+        return self._folder.is_dir()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._folder)}
+
+
+class HTMLPage(FileDataset):
+    """One HTML page.
+
+    Parameters
+    ----------
+    filepath
+        The file.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def load(self) -> str:
+        return self._path.read_text(encoding="utf-8")
+
+    def save(self, data: str) -> None:
+        with replacing(self._path) as temporary:
+            temporary.write_text(data, encoding="utf-8")
+
+    def preview(self) -> HTMLPreview:
+        """Show the page in Kedro-Viz."""
+        return HTMLPreview(self.load())

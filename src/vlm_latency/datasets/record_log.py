@@ -1,0 +1,62 @@
+"""The journal as a Kedro dataset."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+from kedro.io import AbstractDataset
+
+from vlm_latency.journal import Journal
+
+
+class Chunk(TypedDict):
+    """What a measuring node yields: runs, and the conditions they were measured under."""
+
+    fingerprint: str
+    conditions: dict[str, Any]
+    rows: list[dict[str, Any]]
+    session: NotRequired[dict[str, Any]]
+
+
+class RecordLog(AbstractDataset[Chunk, Journal]):
+    """Append-only log of runs: saving appends a chunk, loading gives the ``Journal``.
+
+    Parameters
+    ----------
+    filepath
+        The journal's folder.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._journal = Journal(filepath)
+        self.metadata = metadata
+
+    def load(self) -> Journal:
+        return self._journal
+
+    def save(self, data: Chunk) -> None:
+        self._journal.append(**data)
+
+    def _release(self) -> None:
+        self._journal.close()
+
+    def _exists(self) -> bool:
+        """Never: a journal that exists is not a measurement that is complete.
+
+        ``--only-missing-outputs`` would otherwise skip a half-finished measurement and report on
+        a part.
+        """
+        return False
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._journal.folder)}
+
+    def preview(self) -> str:
+        """Tell Kedro-Viz how much there is."""
+        lines = []
+        for path in sorted(self._journal.folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                lines.append(f"{path.stem}: {sum(1 for _ in file) - 1} runs")
+        return "\n".join(lines) or "empty"

@@ -1,0 +1,80 @@
+"""Kedro hooks: everything that can be refused is refused before anything is loaded or measured."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from omegaconf import OmegaConf
+
+from vlm_latency.errors import MeasurementError
+from vlm_latency.options import Options
+from vlm_latency.preflight import check, refuse_contradictions
+
+log = logging.getLogger(__name__)
+
+
+class ProjectHooks:
+    """Validate parameters, lend them to the catalog, check before a run, tell where results are."""
+
+    @hook_impl
+    def after_context_created(self, context: Any) -> None:
+        """Validate every parameter at once, and let the catalog read them as ``${params:…}``."""
+        self._options = Options.from_parameters(context.params)
+        values = self._options.model_dump()
+        root = Path(values["output_dir"]).expanduser()
+        values["output_dir"] = str(root if root.is_absolute() else context.project_path / root)
+        self._root = Path(values["output_dir"])
+
+        def read(path: str) -> Any:
+            value: Any = values
+            for name in path.split("."):
+                value = value[name]
+            # A tuple is not a YAML value; Kedro expects plain ones.
+            return list(value) if isinstance(value, tuple) else value
+
+        OmegaConf.register_new_resolver("params", read, replace=True)
+
+    @hook_impl
+    def before_pipeline_run(
+        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
+    ) -> None:
+        """Refuse what cannot work, in one sentence each; say in a line what will be done."""
+        measured = sorted(
+            node.namespace.split(".")[0]
+            for node in pipeline.nodes
+            if node.namespace and node.short_name == "measure"
+        )
+        measuring = bool(measured) or any("owns_device" in node.tags for node in pipeline.nodes)
+        runner = run_params["runner"].split(".")[-1]
+        if measuring and not runner.startswith("SequentialRunner"):
+            raise MeasurementError(
+                f"found runner {runner}; a measurement must have its device to itself: use the "
+                "SequentialRunner (Kedro's default)"
+            )
+        if run_params.get("runner_is_async"):
+            raise MeasurementError("--async lets other work overlap a measurement: leave it out")
+        refuse_contradictions(self._options, pipeline.all_outputs())
+        inputs = pipeline.inputs()
+        for line in check(
+            self._options,
+            self._root,
+            experiments=measured,
+            model=catalog["model"] if "model" in inputs else None,
+            questions=catalog["questions"] if "questions" in inputs else None,
+            earlier={
+                name: catalog[name] for name in sorted(inputs) if name in {"exp5.vision", "exp5.language"}
+            },
+        ):
+            log.info(line)
+
+    @hook_impl
+    def after_pipeline_run(self, pipeline: Pipeline) -> None:
+        """Say where the results are."""
+        page = self._root / "report" / "index.html"
+        made = f"; open {page}" if "page" in pipeline.all_outputs() else ""
+        log.info("Results are in %s%s", self._root, made)

@@ -1,0 +1,1 @@
+"""The four modular pipelines that every experiment is composed of, and the studies beside them."""

@@ -1,0 +1,145 @@
+"""Which requests an experiment makes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from vlm_latency.errors import DataError
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.records import REQUEST_COLUMNS, typed
+
+if TYPE_CHECKING:
+    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.vqa import QuestionSource, Sampling
+
+
+def draw_requests(
+    options: ExperimentOptions, questions: QuestionSource, model: Model
+) -> pd.DataFrame:
+    """Draw the requests of one experiment.
+
+    Parameters
+    ----------
+    options
+        The experiment's effective options.
+    questions
+        The dataset (exp3's images are made by recipe and need none).
+    model
+        Only its tiling matters here: exp3 asks for grids where the model has them, and for a
+        ladder of vision-token counts where it has not.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``records.REQUEST_COLUMNS``, one row per request.
+    """
+    from vlm_latency import vqa
+
+    sampling = options.sampling
+    if sampling.requests is not None:
+        return _read_requests(Path(sampling.requests), options.experiment)
+    if options.experiment == "exp3":
+        return _vision_sweep(options, model)
+    drawing = _sampling(options)
+    if options.experiment == "exp4":
+        if not sampling.max_new_tokens_list:
+            raise DataError("exp4.sampling.max_new_tokens_list is empty; give lengths: '8 16 32'")
+        lengths = [n for n in sampling.max_new_tokens_list if n not in too_long(options, model)]
+        return vqa.sweep_language_requests(questions, drawing, lengths, sampling.tiling)
+    length = str(options.measurement.output_length)
+    return vqa.draw_requests(questions, drawing, length, options.experiment)
+
+
+def too_long(options: ExperimentOptions, model: Model) -> dict[int, int]:
+    """Find the output lengths of exp4 that do not fit behind the longest prompt it may make.
+
+    Returns
+    -------
+    dict
+        ``{max_new_tokens: positions needed}`` of the lengths that exceed the model's positions.
+    """
+    positions = model.architecture.max_positions
+    prompt = _longest_prompt(options, model)
+    lengths = options.sampling.max_new_tokens_list or ()
+    return {n: prompt + n for n in lengths if positions and prompt + n > positions}
+
+
+_TEXT_ALLOWANCE = 64  # tokens of question and template; VQA v2's longest questions have about 30
+
+
+def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
+    """Tokens of exp4's prompt: exact in its image where the tiling is fixed, else the largest."""
+    from vlm_latency.molmo.tiling import image_size_for_tiling
+
+    architecture = model.architecture
+    tiling = options.sampling.tiling
+    if tiling and tiling != "none":
+        rows, cols = (int(part) for part in re.split("[x×]", tiling))
+        sizes = [image_size_for_tiling(rows, cols)]
+    else:
+        sizes = [(640, 480), (480, 640), (640, 640), (2800, 448)]
+    images = (architecture.image_tokens(*size) for size in sizes)
+    most = max(image.num_vision_tokens + image.num_image_special_tokens for image in images)
+    return most + _TEXT_ALLOWANCE
+
+
+def _sampling(options: ExperimentOptions) -> Sampling:
+    from vlm_latency.vqa import Sampling
+
+    asked = options.sampling
+    return Sampling(
+        num_samples=asked.num_samples,
+        order=str(asked.order),
+        seed=asked.seed,
+        one_question_per_image=asked.one_question_per_image,
+        stratify_by_tiling=asked.stratify_by_tiling,
+        max_crops=options.model.max_crops or 12,
+    )
+
+
+def _vision_sweep(options: ExperimentOptions, model: Model) -> pd.DataFrame:
+    from vlm_latency import vqa
+    from vlm_latency.molmo.tiling import image_size_for_tiling
+
+    sampling = options.sampling
+    largest = sampling.max_grid_size or 12
+    if sampling.sizes:
+        return vqa.sweep_sizes_requests([_size(text) for text in sampling.sizes], sampling.seed)
+    if model.architecture.image_tokens(*image_size_for_tiling(1, 2)).tiling_cols != 2:
+        ladder = model.architecture.image_sizes_for_ladder(largest)
+        return vqa.sweep_sizes_requests(ladder, sampling.seed)
+    return vqa.sweep_vision_requests(
+        largest,
+        bool(sampling.equal_crop_pairs),
+        options.protocol,
+        sampling.seed,
+        options.model.max_crops or 12,
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise DataError(f"exp3.sampling.sizes: found {text!r}; expected width x height: '672x336'")
+    return int(match[1]), int(match[2])
+
+
+def _read_requests(path: Path, experiment: str) -> pd.DataFrame:
+    """Read a table of requests that was made before, on this machine or another."""
+    if not path.is_file():
+        raise DataError(f"{experiment}.sampling.requests: no file {path}")
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a parquet table: {error}") from None
+    missing = [name for name in REQUEST_COLUMNS if name not in table]
+    if missing:
+        raise DataError(f"{path} is not a table of requests: no column {', '.join(missing)}")
+    if not (table["experiment"] == experiment).all():
+        found = ", ".join(sorted(table["experiment"].unique()))
+        raise DataError(f"{path} holds requests of {found}; expected {experiment}")
+    return typed(table, REQUEST_COLUMNS)

@@ -1,0 +1,47 @@
+"""measurement: requests become runs, one row each, through a journal that loses nothing."""
+
+from kedro.pipeline import Pipeline, node
+
+from vlm_latency.pipelines.measurement import nodes
+
+
+def create_pipeline(after: str | None = None) -> Pipeline:
+    """Measure the requests on the model.
+
+    Parameters
+    ----------
+    after
+        A dataset that must be on disk before anything is measured: experiments of one command
+        take turns.
+    """
+    turn = {"after": after} if after else {}
+    return Pipeline(
+        [
+            node(
+                nodes.describe_environment,
+                inputs={"options": "options", "model": "model", "questions": "questions", **turn},
+                outputs="environment",
+                name="describe_environment",
+            ),
+            node(
+                nodes.measure,
+                inputs=[
+                    "options",
+                    "requests",
+                    "model",
+                    "questions",
+                    "environment",
+                    "journal_so_far",
+                ],
+                outputs="journal",
+                name="measure",
+                tags="owns_device",
+            ),
+            node(
+                nodes.collect,
+                inputs=["options", "requests", "environment", "journal"],
+                outputs=["measurements", "coverage"],
+                name="collect",
+            ),
+        ]
+    )

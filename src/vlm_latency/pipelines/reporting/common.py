@@ -1,0 +1,212 @@
+"""What the reports of all experiments share: entries, the frame of a result, figures' context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_latency.errors import DataError
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from vlm_latency.plots.style import FigureContext
+    from vlm_latency.statistics import Estimate
+
+_NOT_AVERAGED = {"run_index", "order_index", "block_index", "seed"}
+MEANS = ("T_preprocess", "T_total", "T_first_token", "T_vision_total", *COMPONENTS)
+
+
+def succeeded(records: pd.DataFrame) -> pd.DataFrame:
+    """Give the runs that succeeded; failed ones are counted, never averaged."""
+    return records[records["status"] == "ok"].reset_index(drop=True)
+
+
+def entries(records: pd.DataFrame) -> pd.DataFrame:
+    """Average the runs of each request, as the seed's files have it.
+
+    Returns
+    -------
+    DataFrame
+        One row per request, indexed by ``request_id`` in the order of the first run; numbers are
+        means over the runs, texts are the first run's; what was not measured is missing.
+    """
+    groups = succeeded(records).groupby("request_id", sort=False)
+    numbers = [
+        name
+        for name in records.select_dtypes("number").columns
+        if name not in _NOT_AVERAGED and not name.endswith("_id")
+    ]
+    texts = [name for name in records.columns if name not in {*numbers, "decode_step_ms", "status"}]
+    table = groups[[name for name in texts if name != "request_id"]].first()
+    means = groups[numbers].mean().astype("Float64")
+    counts = [name for name in numbers if name.startswith(("num_", "image_", "tiling_", "max_new"))]
+    for name in counts:  # a count is the same in every run, and stays a whole number
+        whole = means[name].round()
+        if (means[name] == whole).fillna(True).all():
+            means[name] = whole.astype("Int64")
+    return table.join(means).assign(num_runs=groups.size())
+
+
+def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """Write entries as the seed's files do, its own names first, further columns after.
+
+    Parameters
+    ----------
+    table
+        One row per entry.
+    columns
+        Entry key → column, for keys that are called otherwise in the records.
+    """
+    renamed = table.reset_index().rename(columns={old: new for new, old in (columns or {}).items()})
+    hidden = {"experiment", "fingerprint", "started_at", "error", "worker", "order_index"}
+    shown = renamed[[name for name in renamed.columns if name not in hidden]].astype(object)
+    return [dict(row) for row in shown.where(shown.notna(), None).to_dict("records")]
+
+
+def frame(
+    options: ExperimentOptions,
+    environment: dict[str, Any],
+    coverage: dict[str, Any],
+    statistics: dict[str, Any],
+    claims: Sequence[Any],
+) -> dict[str, Any]:
+    """Give the top level that every result has beside the seed's own keys."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": options.experiment,
+        "protocol": options.protocol,
+        "model": environment["model"],
+        "environment": environment,
+        "options": options.model_dump(mode="json"),
+        "statistics": statistics,
+        "coverage": coverage,
+        "claims": [claim.to_dict() for claim in claims],
+    }
+
+
+def context(
+    options: ExperimentOptions, environment: dict[str, Any], coverage: dict[str, Any]
+) -> FigureContext:
+    """Say in a figure's footer where its numbers come from, and what is to be known of them."""
+    from vlm_latency.plots.style import FigureContext
+
+    marks = []
+    if environment["dataset"].get("synthetic"):
+        marks.append("synthetic requests")
+    if environment["model"].get("weights") == "random":
+        marks.append("random weights")
+    if coverage.get("partial"):
+        marks.append(f"partial: {coverage['measured']} of {coverage['planned']} runs")
+    if coverage.get("failed"):
+        marks.append(f"{coverage['failed']} runs failed")
+    if options.protocol != "exact":
+        marks.append(f"protocol: {options.protocol}")
+    return FigureContext(
+        environment_line=environment["line"],
+        marks=tuple(marks),
+        model=str(environment["model"]["name"]),
+    )
+
+
+def unless_impossible(
+    notes: list[str], what: str, compute: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Compute a statistic, or note why these data do not allow it."""
+    try:
+        return compute(*args, **kwargs)
+    except DataError as error:
+        notes.append(f"{what}: {error}")
+        return None
+
+
+def fits(
+    rows: pd.DataFrame, x: str, names: Sequence[str], notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Fit lines of several columns over one, with their bands for the figures.
+
+    Returns
+    -------
+    dict
+        Column → ``statistics.LinearFit`` as a dict, with ``band`` (lists ``x``, ``low``, ``high``).
+    """
+    from vlm_latency.statistics import linear_fit
+
+    found = {}
+    for name in names:
+        known = rows[rows[name].notna()]
+        if known.empty:
+            continue
+        axis = known[x].astype(float)
+        fit = unless_impossible(
+            notes, f"line of {name}", linear_fit, axis, known[name], known["request_id"]
+        )
+        if fit is not None:
+            at = np.linspace(axis.min(), axis.max(), 50)
+            low, high = fit.band(at)
+            found[name] = {**fit.to_dict(), "band": {"x": at, "low": low, "high": high}}
+    return found
+
+
+def means(rows: pd.DataFrame, names: Sequence[str] = MEANS) -> dict[str, Estimate]:
+    """Give the mean of each measured column with its interval, clustered by image."""
+    from vlm_latency.statistics import bootstrap_mean
+
+    return {
+        name: bootstrap_mean(known[name], clusters(known))
+        for name in names
+        if not (known := rows[rows[name].notna()]).empty
+    }
+
+
+def shares(rows: pd.DataFrame, names: Sequence[str] = COMPONENTS) -> dict[str, Estimate]:
+    """Give each component's share of T_total, a ratio of means, with its interval."""
+    from vlm_latency.statistics import bootstrap_ratio
+
+    return {
+        name: bootstrap_ratio(known[name], known["T_total"], clusters(known))
+        for name in names
+        if not (known := rows[rows[name].notna()]).empty
+    }
+
+
+def clusters(rows: pd.DataFrame) -> pd.Series:
+    """Say which runs are alike: those of one image; one without an image stands for itself."""
+    return rows["image_id"].astype("string").fillna(rows["request_id"])
+
+
+def estimates_table(found: dict[str, Any], unit: str) -> pd.DataFrame:
+    """Put estimates by name into a table for people."""
+    return pd.DataFrame(
+        [
+            {
+                "quantity": name,
+                unit: value.value,
+                "low": value.low,
+                "high": value.high,
+                "n": value.n,
+                "method": value.method,
+            }
+            for name, value in found.items()
+        ]
+    )
+
+
+def slopes_table(lines: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Put fitted lines side by side."""
+    return pd.DataFrame(
+        [
+            {
+                "quantity": name,
+                "ms per token": fit["slope"]["value"],
+                "low": fit["slope"]["low"],
+                "high": fit["slope"]["high"],
+                "R²": fit["r_squared"],
+                "intercept ms": fit["intercept"]["value"],
+            }
+            for name, fit in lines.items()
+        ]
+    )

@@ -1,0 +1,151 @@
+"""exp1: how latency is distributed over requests, and what makes its tail."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.pipelines.reporting import common
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Entry key of the seed's files → column.
+ENTRY = {
+    "example_id": "question_id",
+    "T_data_processing": "T_preprocess",
+}
+
+
+def report(
+    options: ExperimentOptions,
+    records: pd.DataFrame,
+    requests: pd.DataFrame,
+    coverage: dict[str, Any],
+    environment: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Report on the distribution of latency.
+
+    Returns
+    -------
+    result, tables, figure
+        ``exp1_latency_distribution`` as JSON, tables for people, and the figure.
+    """
+    from vlm_latency import statistics as st
+    from vlm_latency.plots.distribution import latency_distribution
+    from vlm_latency.plots.style import Style
+
+    rows = common.succeeded(records)
+    # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
+    sample = rows[rows["run_index"] < options.measurement.num_runs].reset_index(drop=True)
+    notes: list[str] = []
+    summaries = {
+        name: st.summary(known[name], common.clusters(known))
+        for name in ("T_total", "T_first_token", "T_preprocess")
+        if not (known := sample[sample[name].notna()]).empty
+    }
+    budget = common.unless_impossible(
+        notes, "variance budget", st.variance_budget, rows.assign(image_id=common.clusters(rows))
+    )
+    total = summaries["T_total"]
+    found: dict[str, Any] = {
+        **{name: summary.to_dict() for name, summary in summaries.items()},
+        "variance_budget": budget.to_dict() if budget else None,
+        "outliers": outliers(rows),
+        "accuracy": accuracy(rows, requests, environment),
+        "notes": notes,
+    }
+    drawn = {**found, "variance": _drawn_shares(budget)}
+    figure = latency_distribution(
+        sample,
+        drawn,
+        common.context(options, environment, coverage),
+        Style.of(options.figures),
+    )
+    claims = [st.tail_claim(total.tail_ratio)]
+    result = {
+        "results": question_entries(records, requests),
+        **common.frame(options, environment, coverage, found, claims),
+    }
+    tables = {
+        "percentiles": percentiles_table(summaries),
+        "by_tiling": _by(sample, "num_crops"),
+        "by_output_length": _by(sample, "num_output_tokens"),
+    }
+    return result, tables, figure
+
+
+def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give the seed's entries of exp1 and exp2: one per question, with what was asked."""
+    table = common.entries(records)
+    asked = requests.set_index("request_id").loc[table.index]
+    table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
+    table["question"] = asked["question"]
+    table["image_size"] = [
+        None if pd.isna(width) else [int(width), int(height)]
+        for width, height in zip(table["image_width"], table["image_height"], strict=True)
+    ]
+    table["T_system_total"] = table["T_total"] + table["T_preprocess"]
+    return common.entry_dicts(table, ENTRY)
+
+
+def accuracy(
+    rows: pd.DataFrame, requests: pd.DataFrame, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Give the official VQA accuracy of the generated answers, where they mean something."""
+    from vlm_latency.statistics import bootstrap_mean
+    from vlm_latency.vqa import vqa_accuracy
+
+    if environment["model"].get("weights") != "pretrained":
+        return {"value": None, "refused": "the weights are random: the answers mean nothing"}
+    natural = rows[(rows["output_length"] == "natural") & (rows["run_index"] == 0)]
+    answers = requests.set_index("request_id")["answers"].dropna()
+    judged = natural[natural["request_id"].isin(answers.index)]
+    if judged.empty:
+        return {"value": None, "refused": "needs output_length=natural and questions with answers"}
+    scores = [
+        vqa_accuracy(text or "", json.loads(answers[request]))
+        for text, request in zip(
+            judged["generated_text"].fillna(""), judged["request_id"], strict=True
+        )
+    ]
+    return bootstrap_mean(scores, common.clusters(judged)).to_dict()
+
+
+def outliers(rows: pd.DataFrame) -> dict[str, Any]:
+    """Count the marked runs by their likely cause; they stay in every statistic."""
+    marked = rows[rows["outlier"].fillna(False).astype(bool)]
+    causes = marked["outlier_cause"].value_counts()
+    return {
+        "marked": len(marked),
+        "of": len(rows),
+        "causes": {str(cause): int(count) for cause, count in causes.items()},
+    }
+
+
+def percentiles_table(summaries: dict[str, Any]) -> pd.DataFrame:
+    """Put distributions side by side."""
+    lines = []
+    for name, summary in summaries.items():
+        line: dict[str, Any] = {"quantity": name, "n": summary.n}
+        for key in ("mean", "P50", "P95", "P99"):
+            estimate = getattr(summary, key)
+            line |= {key: estimate.value, f"{key} low": estimate.low, f"{key} high": estimate.high}
+        lines.append(line | {"std": summary.std, "min": summary.min, "max": summary.max})
+    return pd.DataFrame(lines)
+
+
+def _drawn_shares(budget: Any) -> dict[str, Any] | None:
+    """Name the shares as the figure does."""
+    if budget is None:
+        return None
+    names = {"output length": "output_length", "text length": "text_length", "unexplained": "other"}
+    return {names.get(name, name): share.to_dict() for name, share in budget.shares.items()}
+
+
+def _by(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    groups = rows.groupby(column)["T_total"]
+    return groups.agg(n="size", median_ms="median", mean_ms="mean", max_ms="max").reset_index()

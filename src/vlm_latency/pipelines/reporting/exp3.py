@@ -1,0 +1,109 @@
+"""exp3: what a vision token costs, the encoder's share told apart from the decoder's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.pipelines.reporting import common
+from vlm_latency.pipelines.reporting.exp1 import outliers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FITTED = ("T_total", "T_first_token", "T_vision_encoder", "T_projector", "T_LLM_prefill")
+
+
+def report(
+    options: ExperimentOptions,
+    records: pd.DataFrame,
+    coverage: dict[str, Any],
+    environment: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Report on vision tokens.
+
+    Returns
+    -------
+    result, tables, figure
+        ``exp3_vision_tokens_vs_latency`` as JSON, tables for people, and the figure.
+    """
+    from vlm_latency import statistics as st
+    from vlm_latency.plots.style import Style
+    from vlm_latency.plots.vision_sweep import vision_tokens_vs_latency
+
+    rows = common.succeeded(records)
+    notes: list[str] = []
+    axis = f"num_vision_{options.figures.vision_axis}"
+    lines = common.fits(rows, axis, FITTED, notes)
+    tokens, request = rows[axis].astype(float), rows["request_id"]
+    exponent = common.unless_impossible(
+        notes, "exponent", st.power_law_fit, tokens, rows["T_total"], request
+    )
+    steps = common.unless_impossible(
+        notes,
+        "staircase",
+        st.staircase,
+        tokens,
+        rows["T_vision_total"],
+        rows["num_crops"].astype(float),
+    )
+    bend = common.unless_impossible(notes, "linearity", st.linearity_test, tokens, rows["T_total"])
+    encoder = _crops_and_tokens(rows, "T_vision_encoder", notes)
+    prefill = _crops_and_tokens(rows, "T_LLM_prefill", notes)
+    found = {
+        "axis": axis,
+        "fits": lines,
+        "exponent": exponent.exponent.to_dict() if exponent else None,
+        "staircase": steps.to_dict() if steps else None,
+        "linearity": bend.to_dict() if bend else None,
+        "encoder_per_crop": encoder.get("num_crops"),
+        "encoder_per_token": encoder.get("num_vision_tokens"),
+        "prefill_per_crop": prefill.get("num_crops"),
+        "prefill_per_token": prefill.get("num_vision_tokens"),
+        "outliers": outliers(rows),
+        "notes": notes,
+    }
+    figure = vision_tokens_vs_latency(
+        rows, found, common.context(options, environment, coverage), Style.of(options.figures)
+    )
+    slope = lines.get("T_LLM_prefill", {}).get("slope")
+    claims = [
+        st.vision_sublinear_claim(exponent.exponent if exponent else None),
+        st.prefill_grows_claim(st.Estimate(**slope) if slope else None),
+    ]
+    table = common.entries(records)
+    result = {
+        "results": common.entry_dicts(table),
+        **common.frame(options, environment, coverage, found, claims),
+    }
+    return result, {"grids": _grids(table), "slopes": common.slopes_table(lines)}, figure
+
+
+def _crops_and_tokens(
+    rows: pd.DataFrame, column: str, notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Tell the cost of a crop from the cost of a token; needs grids of equal crops."""
+    from vlm_latency.statistics import multi_linear_fit
+
+    known = rows[rows[column].notna()]
+    if known.empty:
+        return {}
+    names = ["num_crops", "num_vision_tokens"]
+    fit = common.unless_impossible(
+        notes,
+        f"{column} over crops and tokens",
+        multi_linear_fit,
+        known[names].astype(float),
+        known[column],
+        names,
+        known["request_id"],
+    )
+    return {name: fit.coefficients[name].to_dict() for name in names} if fit else {}
+
+
+def _grids(table: pd.DataFrame) -> pd.DataFrame:
+    shown = ["grid", "resolution", "num_crops", "num_vision_tokens", "num_total_tokens", "num_runs"]
+    times = ["T_total", "T_vision_encoder", "T_projector", "T_LLM_prefill", "T_other"]
+    return table[[*shown, *times]].reset_index(drop=True)

@@ -1,0 +1,130 @@
+"""exp4: what an output token costs, and whether a step gets slower as the cache grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.pipelines.reporting import common
+from vlm_latency.pipelines.reporting.exp1 import outliers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vlm_latency.datasets.inputs import Model
+
+BINS = 48  # of positions, for the line through the steps
+FITTED = ("T_LLM_decode", "T_total")
+
+
+def report(
+    options: ExperimentOptions,
+    records: pd.DataFrame,
+    coverage: dict[str, Any],
+    environment: dict[str, Any],
+    model: Model,
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Report on output tokens.
+
+    Returns
+    -------
+    result, tables, figure
+        ``exp4_language_tokens_vs_latency`` as JSON, tables for people, and the figure.
+    """
+    from vlm_latency import statistics as st
+    from vlm_latency.pipelines.data_sampling.nodes import too_long
+    from vlm_latency.plots.language_sweep import language_tokens_vs_latency
+    from vlm_latency.plots.style import Style
+
+    rows = common.succeeded(records)
+    notes: list[str] = []
+    lines = common.fits(rows, "num_output_tokens", FITTED, notes)
+    decoded = rows[(rows["num_output_tokens"] > 1) & (rows["T_LLM_decode"] > 0)]
+    exponent = common.unless_impossible(
+        notes,
+        "exponent",
+        st.power_law_fit,
+        decoded["num_output_tokens"].astype(float) - 1,
+        decoded["T_LLM_decode"],
+        common.clusters(decoded),
+    )
+    steps = _steps(rows)
+    growth = None
+    if len(steps) and steps["position"].nunique() > 2:
+        line = st.linear_fit(steps["position"], steps["ms"], steps["image"])
+        growth = line.growth(1, float(steps["position"].max()))
+    prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
+    found = {
+        "fits": lines,
+        "exponent": exponent.exponent.to_dict() if exponent else None,
+        "lengths": _lengths(rows),
+        "prefill": prefill.to_dict() if prefill else None,
+        "steps": _smooth(steps),
+        "step_growth": growth.to_dict() if growth else None,
+        "dropped_lengths": sorted(too_long(options, model)),
+        "outliers": outliers(rows),
+        "notes": notes,
+    }
+    figure = language_tokens_vs_latency(
+        rows, found, common.context(options, environment, coverage), Style.of(options.figures)
+    )
+    claims = [st.language_linear_claim(exponent.exponent if exponent else None, growth)]
+    table = common.entries(records)
+    result = {
+        "results": common.entry_dicts(table, {"query_id": "question_id"}),
+        "use_eos_token": options.sampling.use_eos_token,
+        **common.frame(options, environment, coverage, found, claims),
+    }
+    lengths = pd.DataFrame(
+        [
+            {"num_output_tokens": line["num_output_tokens"]}
+            | {name: line[name]["value"] for name in common.MEANS if name in line}
+            for line in found["lengths"]
+        ]
+    )
+    return result, {"lengths": lengths, "slopes": common.slopes_table(lines)}, figure
+
+
+def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Average every component at every length."""
+    return [
+        {"num_output_tokens": int(length), "n": len(group)}
+        | {name: mean.to_dict() for name, mean in common.means(group).items()}
+        for length, group in rows.groupby("num_output_tokens")
+    ]
+
+
+def _steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """Put every decode step of every run on a line of its own: position (from 1), ms, image."""
+    known = rows[rows["decode_step_ms"].map(lambda steps: steps is not None and np.size(steps) > 0)]
+    if known.empty:
+        return pd.DataFrame({"position": [], "ms": [], "image": []})
+    image = common.clusters(known)
+    return pd.concat(
+        [
+            pd.DataFrame({"position": np.arange(1, len(steps) + 1), "ms": steps, "image": name})
+            for steps, name in zip(known["decode_step_ms"], image, strict=True)
+        ],
+        ignore_index=True,
+    )
+
+
+def _smooth(steps: pd.DataFrame) -> dict[str, list[float]] | None:
+    """Take the median step, with its interval, in bins of neighbouring positions."""
+    from vlm_latency.statistics import percentile
+
+    if steps.empty:
+        return None
+    last = steps["position"].max()
+    edges = np.unique(np.linspace(0.5, last + 0.5, min(BINS, int(last)) + 1))
+    groups = steps.groupby(np.digitize(steps["position"], edges))
+    bins = [(group["position"].mean(), percentile(group["ms"], 50)) for _, group in groups]
+    return {
+        "position": [float(position) for position, _ in bins],
+        "median": [median.value for _, median in bins],
+        "low": [median.low for _, median in bins],
+        "high": [median.high for _, median in bins],
+    }

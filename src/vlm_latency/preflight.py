@@ -1,0 +1,152 @@
+"""What is refused before anything is loaded or measured, and what is said that will be done."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
+from vlm_latency.options import ExperimentOptions, Options
+
+
+def check(
+    options: Options,
+    root: Path,
+    *,
+    experiments: list[str],
+    model: Any = None,
+    questions: Any = None,
+    earlier: dict[str, Any],
+) -> list[str]:
+    """Refuse what cannot work, all of it at once.
+
+    Parameters
+    ----------
+    options
+        The whole parameter tree.
+    root
+        The output folder.
+    experiments
+        Those that will be measured.
+    model, questions
+        The catalog's datasets, where the pipeline needs them.
+    earlier
+        Results that the pipeline reads, by the name of their dataset.
+
+    Returns
+    -------
+    list of str
+        One line per experiment: what will be measured, on what.
+
+    Raises
+    ------
+    UserError
+        Every reason, one line each.
+    """
+    problems: list[str] = []
+
+    def attempt(step: Any, *args: Any) -> Any:
+        try:
+            return step(*args)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    if model is not None and questions is not None:
+        attempt(_named, options)
+    attempt(_writable, root)
+    for name, dataset in earlier.items():
+        if not dataset.exists():
+            attempt(dataset.load)
+    if problems:
+        raise UserError("\n".join(problems))
+    handle = attempt(model.load) if model is not None else None
+    lines = []
+    if handle is not None and attempt(_ready, handle) is not None:
+        for name in experiments:
+            settled = options.experiment(name, handle.weights)
+            if name == "exp4":
+                attempt(_fits_positions, settled, handle)
+            lines.append(_line(settled, handle))
+    if questions is not None and experiments and set(experiments) != {"exp3"}:
+        attempt(questions.load)
+    if problems:
+        raise UserError("\n".join(problems))
+    return lines
+
+
+def _named(options: Options) -> None:
+    """Ask for the model and the dataset where an environment leaves both to the user."""
+    missing = []
+    if options.model.name is None:
+        missing.append("model.name (a zoo name, hub id or local folder)")
+    if options.dataset.source is None:
+        missing.append("dataset.source (official with dataset.path, hub, folder or synthetic)")
+    if missing:
+        raise UserError(f"not given: {' and '.join(missing)}; set with --params name=value,…")
+
+
+def _writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"cannot write into output_dir {root}: {error.strerror}; choose another folder"
+        ) from None
+
+
+def _ready(handle: Any) -> bool:
+    """Check name, device and memory, without loading the weights."""
+    from vlm_latency.models import check_fits, resolve_device
+
+    resolve_device(handle.options)
+    check_fits(handle.architecture, handle.options)
+    return True
+
+
+def _fits_positions(options: ExperimentOptions, handle: Any) -> None:
+    from vlm_latency.pipelines.data_sampling.nodes import too_long
+
+    long = too_long(options, handle)
+    if not long or options.sampling.on_too_long == "drop":
+        return
+    raise ModelError(
+        f"exp4.sampling.max_new_tokens_list: {', '.join(map(str, sorted(long)))} new tokens need up "
+        f"to {max(long.values())} positions, and {handle.architecture.name} has "
+        f"{handle.architecture.max_positions}; leave them out, or set exp4.sampling.on_too_long=drop"
+    )
+
+
+def _line(options: ExperimentOptions, handle: Any) -> str:
+    sampling, measurement = options.sampling, options.measurement
+    what = {
+        "exp1": f"{sampling.num_samples} questions",
+        "exp2": f"{sampling.num_samples} questions",
+        "exp3": f"grids 1×1 … 1×{sampling.max_grid_size}",
+        "exp4": f"{sampling.num_samples} images × {len(sampling.max_new_tokens_list or ())} lengths",
+    }[options.experiment]
+    length = f", output length {measurement.output_length}" if options.experiment < "exp3" else ""
+    return (
+        f"{options.experiment}: {what} × {measurement.num_runs} runs on {handle.architecture.name} "
+        f"({handle.weights} weights), method {measurement.method}{length}"
+    )
+
+
+def refuse_contradictions(options: Options, pipeline_outputs: set[str]) -> None:
+    """Refuse an earlier result for exp5 in a command that measures a new one.
+
+    Raises
+    ------
+    MeasurementError
+        Naming the parameter.
+    """
+    chosen = {"exp3.result": "vision_results", "exp4.result": "language_results"}
+    for output, name in chosen.items():
+        if output in pipeline_outputs and getattr(options.exp5, name):
+            raise MeasurementError(
+                f"exp5.{name} names an earlier result, and this command measures a new one; leave it "
+                "out, or run 'kedro run --pipeline exp5' alone"
+            )

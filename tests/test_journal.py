@@ -1,0 +1,141 @@
+"""Nothing that was measured is lost, whatever happens to the file's end."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_latency.errors import MeasurementError
+from vlm_latency.journal import Journal
+from vlm_latency.records import MEASURED_COLUMNS
+
+CONDITIONS = {"model": "null"}
+
+
+def row(request: int, run: int = 0, **further: Any) -> dict[str, Any]:
+    return {"request_id": f"r{request}", "run_index": run, "status": "ok", "T_total": 1.5, **further}
+
+
+def write(folder: Path, *rows: dict[str, Any], mark: str = "aa") -> None:
+    journal = Journal(folder)
+    journal.append(mark, CONDITIONS, list(rows))
+    journal.close()
+
+
+def test_what_is_written_is_read_with_every_column(tmp_path: Path) -> None:
+    write(tmp_path, row(1, decode_step_ms=[0.5, 0.25], T_LLM_decode=None))
+    table = Journal(tmp_path).read("aa")
+    assert list(table.columns) == list(MEASURED_COLUMNS)
+    assert table.loc[0, "decode_step_ms"] == [0.5, 0.25]
+    assert table["T_LLM_decode"].isna().all()
+    assert Journal(tmp_path).conditions(tmp_path / "aa.jsonl") == CONDITIONS
+
+
+def test_an_absent_journal_is_empty_and_makes_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    assert Journal(folder).read("aa").empty
+    assert not folder.exists()
+
+
+@given(cut=st.integers(min_value=0, max_value=400))
+def test_a_file_cut_anywhere_loses_only_the_torn_line(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    write(folder, row(1), row(2), row(3))
+    path = folder / "aa.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: min(cut, len(whole))])
+    kept = max(0, whole[: min(cut, len(whole))].count(b"\n") - 1)  # the header is no run
+    assert len(Journal(folder).read("aa")) == kept
+    write(folder, row(9))
+    assert list(Journal(folder).read("aa")["request_id"]) == [f"r{n + 1}" for n in range(kept)] + ["r9"]
+
+
+def test_a_tail_of_zeros_is_cut(tmp_path: Path) -> None:
+    write(tmp_path, row(1))
+    path = tmp_path / "aa.jsonl"
+    path.write_bytes(path.read_bytes() + b"\0" * 5000)
+    write(tmp_path, row(2))
+    assert list(Journal(tmp_path).read("aa")["request_id"]) == ["r1", "r2"]
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
+    write(tmp_path, row(1), row(2))
+    path = tmp_path / "aa.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"{broken\n" + lines[2])
+    with pytest.raises(MeasurementError, match=r"line 2 of the journal .* damaged"):
+        Journal(tmp_path).read("aa")
+
+
+def test_other_conditions_are_kept_apart(tmp_path: Path) -> None:
+    write(tmp_path, row(1), mark="aa")
+    write(tmp_path, row(2), mark="bb")
+    journal = Journal(tmp_path)
+    assert list(journal.read("aa")["request_id"]) == ["r1"]
+    assert journal.others("aa") == [tmp_path / "bb.jsonl"]
+
+
+def test_a_run_tried_again_counts_once_by_its_last_try(tmp_path: Path) -> None:
+    write(tmp_path, row(1, status="failed"), row(1))
+    table = Journal(tmp_path).read("aa")
+    assert list(table["status"]) == ["ok"]
+
+
+def test_what_a_command_says_at_its_end_is_no_run(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append("aa", CONDITIONS, [row(1)])
+    journal.append("aa", CONDITIONS, [], session={"warmup_share": 0.1})
+    journal.append("aa", CONDITIONS, [row(2)])
+    journal.close()
+    assert len(journal.read("aa")) == 2
+    assert journal.sessions("aa") == [{"warmup_share": 0.1}]
+
+
+def test_setting_aside_starts_afresh_and_keeps_the_old(tmp_path: Path) -> None:
+    write(tmp_path, row(1))
+    journal = Journal(tmp_path)
+    kept = journal.set_aside("aa")
+    assert kept is not None
+    assert kept.exists()
+    assert journal.read("aa").empty
+    assert journal.set_aside("aa") is None
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    first.append("aa", CONDITIONS, [row(1)])
+    with pytest.raises(MeasurementError, match="another run is writing"):
+        second.append("aa", CONDITIONS, [row(2)])
+    first.close()
+    second.append("aa", CONDITIONS, [row(2)])
+    second.close()
+    assert len(Journal(tmp_path).read("aa")) == 2
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    journal.append("aa", CONDITIONS, [row(1)])
+    before = journal.path("aa").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(MeasurementError, match="No space left on device; free some space"):
+        journal.append("aa", CONDITIONS, [row(2)])
+    journal.close()
+    assert journal.path("aa").read_bytes() == before
+
+
+def test_not_a_number_never_reaches_the_file(tmp_path: Path) -> None:
+    write(tmp_path, row(1, T_projector=float("nan")))
+    for line in (tmp_path / "aa.jsonl").read_text().splitlines():
+        assert "T_projector" not in json.loads(line)
