@@ -134,13 +134,16 @@ def exp1(n=200):
     kinds = [(2, 3), (2, 2), (3, 3), (1, 2), (1, 3)]
     tiles = [kinds[i] for i in rng.choice(5, n, p=[0.72, 0.1, 0.06, 0.07, 0.05])]
     table = records(tiles, rng.choice([1, 2, 3, 4, 6, 9], n, p=[0.55, 0.25, 0.1, 0.05, 0.03, 0.02]))
-    shares = {"tiling": 0.61, "output_length": 0.33, "text_length": 0.004, "noise": 0.05}
+    shares = {"tiling": 0.61, "output length": 0.33, "text length": -0.004, "noise": 0.05}
     return SimpleNamespace(
         records=table,
         statistics={
             "T_total": summary(table["T_total"]),
             "T_first_token": summary(table["T_first_token"]),
-            "variance": {name: estimate(share, 0.15) for name, share in shares.items()},
+            "variance": {
+                "shares": {name: estimate(share, 0.15) for name, share in shares.items()},
+                "verdict": "content",
+            },
         },
     )
 
@@ -246,3 +249,97 @@ def exp5():
             "estimator": "analytic",
         },
     )
+
+
+def calibrated():
+    rng = np.random.default_rng(3)
+    delays = np.repeat([2.0, 10.0, 50.0], 5)
+    parts = ("T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode")
+    injections = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "component": part,
+                    "injected_ms": delays,
+                    "recovered_ms": delays * rng.normal(1.001, 0.003, delays.size),
+                }
+            )
+            for part in parts
+        ],
+        ignore_index=True,
+    )
+    return SimpleNamespace(
+        injections=injections,
+        statistics={
+            "recovery_error": estimate(0.0031, 0.2),
+            "overhead": {"ratio": estimate(1.002, 0.004), "n_pairs": 40},
+            "null": {"ratio": estimate(0.999, 0.004), "n_pairs": 40},
+            "false_alarms": {
+                "share": estimate(0.045, 0.4),
+                "alarms": 9,
+                "n_comparisons": 200,
+                "nominal": 0.05,
+            },
+            "remainder": estimate(0.006, 0.1),
+            "methods": {
+                method: {
+                    "below_zero": {"T_projector": a, "T_LLM_prefill": 0.0, "T_LLM_decode": b},
+                    "closure_ms": estimate(c, 0.2),
+                    "wall_ratio": estimate(d, 0.05),
+                }
+                for method, a, b, c, d in (
+                    ("timeline", 0.0, 0.0, 0.0, 1.0),
+                    ("hook", 0.3, 0.0, -1.9, 1.5),
+                    ("subtraction", 0.46, 0.23, 21.7, 2.2),
+                )
+            },
+        },
+    )
+
+
+def compared(ratio=1.1):
+    verdict = "SAME" if ratio == 1 else "SLOWER"
+    parts = ("T_total", "T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode")
+    return {
+        "verdict": verdict,
+        "n_matched": 40,
+        "components": {
+            part: {"ratio": estimate(ratio, 0.01 + 0.005 * i), "verdict": verdict}
+            for i, part in enumerate(parts)
+        },
+    }
+
+
+def predicted():
+    grid = pd.DataFrame(
+        [
+            {"num_vision_tokens": v, "num_output_tokens": n, "latency_ms": 20 + 0.1 * v + 12.0 * n}
+            for v in (144, 288, 576, 1152, 2304)
+            for n in (1, 16, 64, 256, 1024)
+        ]
+    )
+    places = {"before the encoder": 250, "after the projector": 80, "at decoder layer 2": 60}
+    pruning = pd.DataFrame(
+        [
+            {"where": where, "keep": keep, "latency_ms": 430 - gain * (1 - keep)}
+            for where, gain in places.items()
+            for keep in (1.0, 0.75, 0.5, 0.25)
+        ]
+    )
+    pruning["low_ms"], pruning["high_ms"] = (
+        0.95 * pruning["latency_ms"],
+        1.05 * pruning["latency_ms"],
+    )
+    statistics = {
+        "latency": estimate(430.0),
+        "composition": {
+            "T_vision_encoder": 140.0,
+            "T_projector": 10.0,
+            "T_LLM_prefill": 85.0,
+            "T_LLM_decode": 190.0,
+            "T_other": 5.0,
+        },
+        "workload": "640x480, 16 prompt tokens, 16 output tokens",
+        "hardware": "this machine (measured)",
+    }
+    return SimpleNamespace(grid=grid, pruning=pruning, statistics=statistics)

@@ -115,7 +115,7 @@ def latency_components(
             nothing(axes["pie"], "components not separable")
         else:
             _latency_pie(axes["pie"], means, parts)
-        _cascade(axes["bars"], rows, means, parts, shares)
+        _cascade(axes["bars"], rows, means, parts, shares=shares, paper=style.paper)
     return figure
 
 
@@ -162,7 +162,9 @@ def _cascade(
     rows: pd.DataFrame,
     means: Mapping[str, Any],
     parts: Sequence[str],
+    *,
     shares: Mapping[str, Any],
+    paper: bool,
 ) -> None:
     """Draw one stacked bar, and below it each of its pieces on a row of its own."""
     total = ends(means.get("T_total"))[0]
@@ -203,7 +205,7 @@ def _cascade(
         if name not in means:
             continue
         text = interval(means[name], "ms")
-        if name in shares and name in parts:
+        if name in shares and name in parts and not paper:
             text += f"\n{interval(shares[name], '%', 100)}"
         axes.text(
             1.01,

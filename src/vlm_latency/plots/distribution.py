@@ -35,12 +35,10 @@ from vlm_latency.plots.style import (
 
 PERCENTILES = {"P50": "#009E73", "P95": "#E69F00", "P99": "#D55E00"}
 LOG_RATIO = 30  # a range wider than this is drawn on a logarithmic axis
-SHARES = {
-    "tiling": "tiling",
-    "output_length": "output length",
-    "text_length": "text length",
-    "noise": "noise (repeats)",
-    "other": "not explained",
+SOURCES = {
+    "content": "The tail lies in the content",
+    "machine": "The tail lies in the machine",
+    "neither": "The tail lies in neither content nor noise",
 }
 
 
@@ -56,9 +54,9 @@ def latency_distribution(
         `num_output_tokens` and `status`.
     statistics : mapping
         `T_total` and, where measured, `T_first_token`: what `statistics.summary` gives as a dict
-        (`n`, `P50`, `P95`, `P99`, `tail_ratio`); `variance`, optional: shares of the spread of
-        T_total between 0 and 1 by the keys `tiling`, `output_length`, `text_length`, `noise`,
-        `other` (estimates or numbers; further keys are drawn under their own names).
+        (`n`, `P50`, `P95`, `P99`, `tail_ratio`); `variance`, optional: what
+        `statistics.variance_budget` gives as a dict (`shares`: estimates between 0 and 1 by the
+        names to draw; `verdict`).
     """
     rows = ok_rows(records)
     total = statistics["T_total"]
@@ -124,13 +122,13 @@ def _histogram(
             notes.append(str(statistic["note"]))
     axes.set(xlabel=f"{name} (ms)", ylabel="requests")
     needs = [note.partition(" (found")[0].replace(">=", "≥") for note in notes]
-    headroom(axes, 0.3 + 0.06 * len(needs))
+    headroom(axes, 3 + len(needs))
     axes.legend(loc="upper right", title="\n".join(needs) or None, alignment="left")
     return None
 
 
 def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
-    headline(axes, "Cumulative, with intervals of the percentiles")
+    headline(axes, "Cumulative, with intervals")
     drawn = []
     for name in ("T_total", "T_first_token"):
         values, summary = _finite(rows, name), statistics.get(name)
@@ -177,11 +175,11 @@ def _tail_scatter(
         axes.set_yscale("log")
     axes.set_ylabel("T_total (ms)")
     axes.legend(loc="upper left")
-    headroom(axes, 0.14)
+    headroom(axes, 1)
 
 
 def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
-    headline(axes, "By tiling (rows×columns): quartiles over the points")
+    headline(axes, "By tiling, with quartiles")
     total, crops = column(rows, "T_total"), column(rows, "num_crops")
     across, down = column(rows, "tiling_cols"), column(rows, "tiling_rows")
     known = np.isfinite(total) & (np.isfinite(crops) | np.isfinite(across))
@@ -213,12 +211,12 @@ def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
     )
     many = len(order) > 6
     axes.set_xticks(range(len(order)), names, rotation=90 if many else 0)
-    axes.set_xlabel("tiling")
+    axes.set_xlabel("tiling (rows × columns)")
     return None
 
 
 def _by_length(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
-    headline(axes, "By output length, with the median of each length")
+    headline(axes, "By output length, with medians")
     total, tokens = column(rows, "T_total"), column(rows, "num_output_tokens")
     known = np.isfinite(total) & np.isfinite(tokens)
     if not known.any():
@@ -235,26 +233,28 @@ def _by_length(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
     return None
 
 
-def _variance(axes: Axes, shares: Mapping[str, Any] | None) -> None:
-    headline(axes, "What the spread of T_total comes from")
+def _variance(axes: Axes, budget: Mapping[str, Any] | None) -> None:
+    headline(axes, SOURCES.get((budget or {}).get("verdict", ""), "Where the spread comes from"))
+    shares = {k: v for k, v in (budget or {}).get("shares", {}).items() if np.isfinite(ends(v)[0])}
     if not shares:
-        return nothing(axes)
+        return nothing(axes, "no spread explained")
     for i, (name, share) in enumerate(shares.items()):
         value = 100 * ends(share)[0]
-        colour = ALARM if name == "noise" else COLOURS["T_vision_encoder"]
+        colour = ALARM if name in {"noise", "unexplained"} else COLOURS["T_vision_encoder"]
         error = whiskers(share, 100)
         axes.barh(i, value, xerr=error, color=colour, alpha=0.75, capsize=3)
         axes.annotate(
             interval(share, "%", 100),
-            (value + float(error[1, 0]), i),
+            (max(0.0, value + float(error[1, 0])), i),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
             size=small(),
         )
-    axes.set_yticks(range(len(shares)), [SHARES.get(name, name) for name in shares])
+    axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="share of the variance (%)", xlim=(0, 160))
+    axes.set(xlabel="share of the variance of T_total (%)")
+    axes.set_xlim(min(0.0, axes.get_xlim()[0]), 160)
     axes.set_xticks(range(0, 101, 25))
     return None

@@ -131,7 +131,7 @@ def _scatter(
             axes.plot([], [], " ", label=f"{label} {interval(measures.get(key))}")
     axes.set(xlabel=f"TFLOP ({estimator.replace('_', ' ')})", ylabel="latency (ms)")
     axes.set_ylim(bottom=0)
-    headroom(axes, 0.4)
+    headroom(axes, 6)
     axes.legend(loc="upper left")
     return None
 
@@ -158,7 +158,7 @@ def _regimes(axes: Axes, regimes: Mapping[str, Any] | None) -> None:
     if min(heights) > 0 and max(heights) / min(heights) > 30:
         axes.set_yscale("log")
     axes.margins(x=0.15)
-    headroom(axes, 0.15)
+    headroom(axes, 2)
     return None
 
 

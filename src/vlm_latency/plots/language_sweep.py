@@ -95,7 +95,7 @@ def _line(axes: Axes, rows: pd.DataFrame, fits: Mapping[str, Any], name: str) ->
     draw_fit(axes, fit, x[known], COLOURS[name], label)
     axes.set(xlabel="output tokens", ylabel=f"{name} (ms)")
     axes.set_ylim(bottom=min(0.0, float(y[known].min())))
-    headroom(axes, 0.2)
+    headroom(axes, 2)
     if fit:
         axes.legend(loc="upper left")
     return None
@@ -143,8 +143,8 @@ def _steps(axes: Axes, rows: pd.DataFrame, steps: Mapping[str, Any] | None) -> N
     times = np.concatenate(runs)
     axes.scatter(position, times, color=COLOURS["T_LLM_decode"], **point_style(times.size))
     if steps:
-        band = [np.array(steps[key], dtype=float) for key in ("low", "high")]
-        axes.fill_between(steps["position"], *band, color="black", alpha=0.25, linewidth=0)
+        lower, upper = (np.array(steps[key], dtype=float) for key in ("low", "high"))
+        axes.fill_between(steps["position"], lower, upper, color="black", alpha=0.25, linewidth=0)
         axes.plot(steps["position"], steps["median"], color="black", label="running median")
     low, middle, high = np.percentile(times, [0.5, 50, 99.5])
     margin = (high - low) / 2 or 0.1 * middle or 1.0

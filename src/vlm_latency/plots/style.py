@@ -51,7 +51,7 @@ MUTED = "#767676"
 
 PAPER_WIDTH = 3.3  # inches; one column of a two-column page
 PANEL = (3.9, 3.1)  # inches, width and height of one panel
-PAPER_PANEL_HEIGHT = 1.75
+PAPER_PANEL_HEIGHT = 1.55
 
 Statistic = Mapping[str, Any] | float | int | None
 
@@ -264,8 +264,8 @@ def headline(axes: Axes, text: str) -> None:
     letter = "abcdefghijkl"[figure.axes.index(axes)]
     cell = axes.get_subplotspec()
     assert cell is not None
-    ratios = cell.get_gridspec().get_width_ratios()
-    share = sum(ratios[cell.colspan.start : cell.colspan.stop]) / sum(ratios)
+    ratios = np.asarray(cell.get_gridspec().get_width_ratios(), dtype=float)
+    share = ratios[cell.colspan.start : cell.colspan.stop].sum() / ratios.sum()
     width = figure.get_figwidth() * share - 0.5  # the y axis and its label stand left of it
     size = matplotlib.rcParams["axes.titlesize"]
     axes.set_title("\n".join(_wrapped(f"({letter}) {text}", width, size, bold=True)))
@@ -276,8 +276,12 @@ def small() -> float:
     return float(matplotlib.rcParams["legend.fontsize"])
 
 
-def headroom(axes: Axes, share: float) -> None:
-    """Leave the upper `share` of a panel free for its legend."""
+def headroom(axes: Axes, lines: int) -> None:
+    """Leave the top of a panel free for a legend of so many lines."""
+    figure, cell = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None and cell is not None
+    height = figure.get_figheight() / cell.get_gridspec().nrows - 0.6  # less heading and x axis
+    share = min(0.6, (1.45 * small() * lines / 72 + 0.12) / height)
     to_axis = axes.yaxis.get_transform()
     low, high = to_axis.transform(np.array(axes.get_ylim()))
     top = to_axis.inverted().transform(np.array([low + (high - low) / (1 - share)]))[0]

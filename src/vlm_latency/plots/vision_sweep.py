@@ -117,7 +117,7 @@ def _panel(
     axes.set_ylabel("latency (ms)")
     lowest = min(float(np.nanmin(column(rows, name), initial=0.0)) for name in columns)
     axes.set_ylim(bottom=lowest)
-    headroom(axes, 0.1 + 0.07 * len(columns))
+    headroom(axes, len(columns) + bool(paired.any()))
     axes.legend(loc="upper left")
     return None
 

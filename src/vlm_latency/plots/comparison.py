@@ -1,0 +1,115 @@
+"""compare: how much faster or slower each component became."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vlm_latency.plots.style import (
+    LABELS,
+    MUTED,
+    FigureContext,
+    Style,
+    ends,
+    headline,
+    interval,
+    nothing,
+    panels,
+    small,
+    whiskers,
+)
+
+VERDICTS = {"FASTER": "#009E73", "SLOWER": "#D55E00", "SAME": "#333333", "UNDECIDED": MUTED}
+MARKERS = "os^Dv<>P"
+
+
+def ratios(
+    comparisons: Mapping[str, Mapping[str, Any]],
+    baseline: str,
+    margin: float,
+    context: FigureContext,
+    style: Style,
+) -> Figure:
+    """Draw the ratio candidate / baseline of each component as a forest plot.
+
+    Parameters
+    ----------
+    comparisons : mapping of candidate's name to mapping
+        What `statistics.compare_tables` gives as a dict: `verdict`, `n_matched`, `components` (by
+        column name: `ratio`, `verdict`). Several candidates stand below each other.
+    baseline : str
+        What they are compared with.
+    margin : float
+        Differences up to this share do not matter; drawn as a band.
+    """
+    names = list(
+        dict.fromkeys(name for c in comparisons.values() for name in c.get("components", {}))
+    )
+    count = max(1, len(comparisons))
+    with style.applied():
+        figure, axes = panels(
+            style,
+            context,
+            _title(comparisons, baseline),
+            [["ratios"]],
+            panel=(8.0, 1.2 + 0.32 * len(names) * count),
+        )
+        plot = axes["ratios"]
+        headline(plot, "Ratio of each component, with its 95 % interval")
+        shown = 0
+        for i, (run, result) in enumerate(comparisons.items()):
+            for j, name in enumerate(names):
+                entry = result.get("components", {}).get(name)
+                if entry is None or not ends(entry["ratio"])[0] > 0:
+                    continue
+                shown += 1
+                y = j + (i - (count - 1) / 2) * 0.7 / count
+                value = ends(entry["ratio"])[0]
+                colour = VERDICTS.get(entry["verdict"], MUTED)
+                plot.errorbar(
+                    value,
+                    y,
+                    xerr=whiskers(entry["ratio"]),
+                    fmt=MARKERS[i % len(MARKERS)],
+                    color=colour,
+                    capsize=3,
+                )
+                plot.text(
+                    1.01,
+                    y,
+                    f"{interval(entry['ratio'])}  {entry['verdict']}",
+                    transform=plot.get_yaxis_transform(),
+                    va="center",
+                    size=small(),
+                    color=colour,
+                )
+            if count > 1:
+                plot.plot([], [], MARKERS[i % len(MARKERS)], color="black", label=run)
+        if not shown:
+            nothing(plot, "nothing to compare")
+            return figure
+        plot.axvspan(1 - margin, 1 + margin, color="black", alpha=0.1, lw=0, label="margin")
+        plot.axvline(1, color="black", linewidth=0.8)
+        low, high = plot.get_xlim()
+        if low > 0 and high / low > 4:
+            plot.set_xscale("log", base=2)
+            plot.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        plot.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
+        # a candidate's legend needs a row of its own
+        plot.set_ylim(len(names) + 0.2 + 0.3 * count * (count > 1), -0.7)
+        plot.set_xlabel(f"latency / latency of {baseline}   (below 1: faster)")
+        plot.grid(axis="y", visible=False)
+        plot.legend(loc="lower right", ncols=min(count + 1, 4))
+    return figure
+
+
+def _title(comparisons: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+    said = []
+    for run, result in comparisons.items():
+        total = result.get("components", {}).get("T_total")
+        verdict = result.get("verdict") or "UNDECIDED"
+        ratio = f", T_total × {interval(total['ratio'])}" if total else ""
+        said.append(f"{run} is {verdict}{ratio} ({result.get('n_matched', 0)} matched)")
+    return f"Against {baseline}: " + ("; ".join(said) or "nothing to compare")
