@@ -102,7 +102,7 @@ def rank_inversions(
         rows = drawn if clusters is None else np.concatenate([members[i] for i in drawn])
         if (share := _discordant(x[rows], y[rows])) is not None:
             draws.append(share)
-    if len(members) < 3:
+    if len(members) < 3 or not draws:
         note = f"an interval needs at least 3 independent points, found {len(members)}"
         return Estimate(value, None, None, level, x.size, "none", note)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])

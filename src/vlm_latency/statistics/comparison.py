@@ -347,7 +347,7 @@ def _holds_patches(df: pd.DataFrame) -> bool:
 
 def _per_key(df: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Average the runs of each request; columns that are not numbers keep their first value."""
-    grouped = df.groupby(keys[0] if len(keys) == 1 else keys)
+    grouped = df.groupby(keys[0] if len(keys) == 1 else keys, dropna=False)
     average = grouped.mean(numeric_only=True)
     if "image_id" in df and "image_id" not in keys:
         average["image_id"] = grouped["image_id"].first()

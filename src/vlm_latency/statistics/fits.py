@@ -56,6 +56,9 @@ class LinearFit(Result):
         """
         ends = _with_ones(np.array([x0, x1], float))
         start, end = self.solution.predict(ends)
+        if start <= 0:
+            note = f"the line at {x0:g} is {start:.4g}: no ratio to it"
+            return Estimate(None, None, None, self.solution.level, self.n, "none", note)
         ratio = end / start
         gradient = (ends[1] - ratio * ends[0]) / start
         return self.solution.estimate(float(ratio), gradient)
@@ -264,7 +267,8 @@ class Solution:
         if self.covariance is None:
             note = f"an interval needs more than {self.beta.size} independent points"
             return Estimate(value, None, None, self.level, self.n, "none", note)
-        half = float(self._t() * np.sqrt(max(gradient @ self.covariance @ gradient, 0.0)))
+        variance = float(gradient @ self.covariance @ gradient)
+        half = self._t() * math.sqrt(max(variance, 0.0))
         note = "" if half else "every point lies on the fit"
         return Estimate(value, value - half, value + half, self.level, self.n, self.method, note)
 
@@ -298,6 +302,7 @@ def _solve(
     beta = np.linalg.lstsq(Z, y, rcond=None)[0]
     residual, largest = y - Z @ beta, float(np.abs(y).max())
     residual[np.abs(residual) <= EXACT * largest] = 0
+    beta[np.abs(beta) <= EXACT * largest] = 0
     spread = ((y - y.mean()) ** 2).sum()
     flat = spread <= (EXACT * largest) ** 2 * n
     covariance, method = None, "least squares"
@@ -307,7 +312,7 @@ def _solve(
     return Solution(
         beta=beta / scale,
         covariance=covariance,
-        freedom=groups - (k if clusters is None else 1),
+        freedom=groups - k,
         r_squared=None if flat else float(1 - (residual**2).sum() / spread),
         n=n,
         method=method,

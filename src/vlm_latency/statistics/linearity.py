@@ -104,8 +104,12 @@ def linearity_test(
         return result(float(scipy.stats.f.sf(F, levels - 2, n - levels)), float(F), method)
     if n < POINTS:
         return result(None, None, "none", f"{n} points without replicates; needs {POINTS}")
-    ordered = residual[np.argsort(x, kind="stable")]
+    order = np.argsort(x, kind="stable")
+    ordered = residual[order]
     shuffled = np.random.default_rng(seed).permuted(np.tile(ordered, (permutations, 1)), axis=1)
+    # Shuffled residuals get a line of their own taken out, as the residuals had.
+    basis = np.linalg.qr(np.column_stack([np.ones(n), x[order] - x.mean()]))[0]
+    shuffled -= (shuffled @ basis) @ basis.T
     ratio = _von_neumann(ordered[None])[0]
     p = (1 + (_von_neumann(shuffled) <= ratio * (1 + 1e-9)).sum()) / (1 + permutations)
     return result(float(p), float(ratio), "permutation test of von Neumann's ratio")

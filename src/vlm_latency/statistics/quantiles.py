@@ -75,11 +75,11 @@ def percentile(
     tail = (1 - level) / 2
     below = int(scipy.stats.binom.ppf(tail, effective, p))  # rank of the low end, counted from 1
     above = int(scipy.stats.binom.isf(tail, effective, p)) + 1
-    low = high = None
+    low = high = None  # the ends never leave out the value, which interpolates between ranks
     if below >= 1:
-        low = float(ordered[math.ceil(below * n / effective) - 1])
+        low = min(value, float(ordered[math.ceil(below * n / effective) - 1]))
     if above <= effective:
-        high = float(ordered[math.ceil(above * n / effective) - 1])
+        high = max(value, float(ordered[math.ceil(above * n / effective) - 1]))
     missing = [
         f"the {end} bound of P{q:g} needs n >= {math.ceil(math.log(tail) / math.log(risk))}"
         for end, bound, risk in (("lower", low, 1 - p), ("upper", high, p))
@@ -184,10 +184,10 @@ def _probability(q: float) -> float:
 
 
 def _effective_n(values: Floats, quantile: float, codes: NDArray[np.int64]) -> int:
-    """Divide n by the variance of "at most the quantile" over clusters against independence."""
+    """Return how many independent values would know "at most the quantile" as well."""
     at_most = (values <= quantile).astype(float)
     share, error, groups = linearised(at_most, np.ones_like(at_most), codes)
     if groups < 2 or error == 0:
         return groups  # nothing to judge by: no more than one observation per cluster
-    effect = error**2 / (share * (1 - share) / (values.size - 1))
-    return max(1, int(values.size / max(effect, 1.0)))
+    worth = 1 + share * (1 - share) / error**2  # error² of n independent values: p(1 − p) / (n − 1)
+    return min(values.size, int(worth * (1 + 1e-9)))

@@ -106,7 +106,7 @@ class Estimate(Result):
 
     def __format__(self, spec: str) -> str:
         def shown(x: float | None) -> str:
-            return "?" if x is None else format(x, spec or ".4g")
+            return "?" if x is None else format(x, f"z{spec or '.4g'}")  # z: no "-0 %"
 
         if self.low is None and self.high is None:
             return f"{shown(self.value)} (no interval)"

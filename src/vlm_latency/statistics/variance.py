@@ -24,6 +24,8 @@ FACTORS = {
 }
 # The tail is what lies above this percentile.
 TAIL = 95
+# Requests beyond the number of parameters, without which the unexplained part is a guess.
+SPARE_REQUESTS = 10
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def variance_budget(
     Returns
     -------
     VarianceBudget
-        The spread is that of a single run. A factor's share is its Shapley value of adjusted R²
-        (the average gain over all orders of entering: Lindeman, Merenda and Gold 1980), so no
-        order favours one. Noise is the pooled variance within requests; None without repeats,
-        and then it is part of "unexplained". Shares are signed: adjusted R² of an idle factor
-        scatters about 0.
+        The spread is that of a single run. A factor's share is its Shapley value of R² (the
+        average gain over all orders of entering: Lindeman, Merenda and Gold 1980), so no order
+        favours one, less what its columns would gain by chance (as omega squared does). Noise is
+        the pooled variance within requests; None without repeats, and then it is part of
+        "unexplained". Shares are signed: that of an idle factor scatters about 0.
 
         The verdict looks at the tail, the runs above P95: "content" when the factors predict
         more than half of its excess (whole interval), "machine" when less than half and noise
@@ -128,14 +130,15 @@ def variance_budget(
     }
     names = list(factors)
     scale = max(float(np.abs(y - y.mean()).max()), float(np.sqrt(deviation.max())))
-    method = "Shapley values of adjusted R²; percentile bootstrap over images"
+    method = "Shapley values of R², adjusted; percentile bootstrap over images"
     parameters = 1 + sum(block.shape[1] for block in blocks.values())
     flat = scale <= ROUNDING * float(np.abs(y).max())
-    if flat or n <= parameters:
+    if flat or n < parameters + SPARE_REQUESTS:
         sentence = (
             f"There is no spread to explain: all {n} requests took {y[0]:.4g} ms."
             if flat
-            else f"{n} requests are too few to explain by {parameters} parameters."
+            else f"{n} requests are too few for {parameters} parameters: measure at least "
+            f"{parameters + SPARE_REQUESTS}."
         )
         none = Estimate(None, None, None, level, n, "none", sentence)
         shares = dict.fromkeys([*names, "noise", "unexplained"], none)
@@ -224,7 +227,7 @@ def _shares(sums: Floats, widths: list[int]) -> list[float]:
         r2 = (
             cross @ np.linalg.pinv(centred[np.ix_(used, used)], rcond=1e-10, hermitian=True) @ cross
         )
-        return float(1 - (1 - r2 / total) * (n - 1) / (n - 1 - len(used)))
+        return float(r2 / total)
 
     every = range(len(widths))
     gains = [0.0 for _ in every]
@@ -237,6 +240,9 @@ def _shares(sums: Floats, widths: list[int]) -> list[float]:
         for f in set(every) - set(chosen):
             orders = len(widths) * math.comb(len(widths) - 1, len(chosen))
             gains[f] += (worth[tuple(sorted((*chosen, f)))] - base) / orders
+    # Even an idle column gains the residual variance once: take it back (omega squared).
+    chance = (1 - worth[tuple(every)]) / (n - 1 - sum(widths))
+    gains = [gain - width * chance for gain, width in zip(gains, widths, strict=True)]
     between = total / (n - 1)
     noise = deviation / freedom if freedom else math.nan
     spread = between + (noise * (1 - inverse_runs / n) if freedom else 0.0)

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_latency.errors import UserError
+from vlm_latency.statistics import (
+    AsGiven,
+    cross_validate,
+    nnls_relative_fit,
+    transfer_error,
+)
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=2), st.floats(0.1, 10))
+def test_costs_that_add_are_recovered(costs: list[float], fixed: float) -> None:
+    X = np.column_stack([np.ones(12), np.arange(12) * 1e12, (np.arange(12) % 5) * 1e-3])
+    beta = np.array([fixed, costs[0] * 1e-12, costs[1] * 1e3])
+    fit = nnls_relative_fit(X, X @ beta, ["fixed", "flops", "bytes"])
+    part, expected = (X[-1] * np.array(b) for b in (list(fit.coefficients.values()), beta))
+    np.testing.assert_allclose(part, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(fit.predict(X), X @ beta, rtol=1e-6)
+
+
+def test_relative_error_by_hand() -> None:
+    # one column of ones: minimise (b/1 − 1)² + (b/4 − 1)², b = (1 + 1/4) / (1 + 1/16)
+    fit = nnls_relative_fit([1, 1], [1.0, 4.0])
+    b = 1.25 / 1.0625
+    assert fit.coefficients["x0"] == pytest.approx(b)
+    assert fit.median_error == pytest.approx(((b - 1) + (1 - b / 4)) / 2)
+
+
+def test_no_cost_is_negative() -> None:
+    X = np.column_stack([np.arange(1.0, 9), np.arange(8.0, 0, -1)])
+    fit = nnls_relative_fit(X, 5 * X[:, 0] - 0.1 * X[:, 1])
+    assert fit.coefficients["x1"] == 0
+    assert nnls_relative_fit([[1, 0], [2, 0]], [1.0, 2.0]).coefficients["x1"] == 0
+
+
+def test_leave_one_shape_out_by_hand() -> None:
+    class Mean:
+        def __init__(self, X: np.ndarray, y: np.ndarray) -> None:
+            self.value = y.mean()
+
+        def predict(self, X: np.ndarray) -> np.ndarray:
+            return np.full(len(X), self.value)
+
+    found = cross_validate(["a", "a", "b"], {"mean": (np.zeros(3), Mean)}, [1.0, 3.0, 4.0])
+    # a is predicted as 4, b as 2: errors 3, 1/3, 1/2
+    assert found.predicted["mean"].tolist() == [4, 4, 2]
+    assert found.mape["mean"].value == pytest.approx((3 + 1 / 3 + 1 / 2) / 3)
+    assert found.median_error["mean"].value == pytest.approx(1 / 2)
+    assert (found.n, found.n_groups) == (3, 2)
+    assert set(found.to_dict()) == {"mape", "median_error", "n", "n_groups", "method"}
+
+
+def noisy() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = np.repeat(np.arange(30), 4)
+    flops, launches = rng.uniform(1, 10, 30)[shape], rng.uniform(1, 100, 30)[shape]
+    return shape, flops, launches, (3 * flops + launches) * rng.lognormal(0, 0.05, 120)
+
+
+def test_the_better_predictor_errs_less() -> None:
+    shape, flops, launches, y = noisy()
+    both = np.column_stack([flops, launches])
+    found = cross_validate(
+        shape,
+        {
+            "FLOPs": (flops, nnls_relative_fit),
+            "both": (both, nnls_relative_fit),
+            "bound": (3 * flops + launches, AsGiven.fit),
+        },
+        y,
+    )
+    assert found.error_ratio("FLOPs", "both").above(1)
+    assert found.median_error["both"].value == pytest.approx(0.05 * 0.6745, rel=0.25)
+    assert found.mape["bound"].value == pytest.approx(found.mape["both"].value, rel=0.05)
+    held_out = found.interval("both", 100.0)
+    assert (held_out.low, held_out.high) == pytest.approx(
+        (100 * np.exp(-0.098), 100 * np.exp(0.098)), rel=0.03
+    )
+
+
+def test_from_one_regime_to_another() -> None:
+    error = transfer_error(
+        nnls_relative_fit, (np.arange(1.0, 9), 2 * np.arange(1.0, 9)), ([1.0, 2.0], [8.0, 2.0])
+    )
+    assert error.value == pytest.approx((0.75 + 1.0) / 2)
+
+
+def test_bad_input_is_told() -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        cross_validate([1, 1], {}, [1.0, 2.0])
+    with pytest.raises(UserError, match="1 of 2 values at or below zero"):
+        nnls_relative_fit([1, 2], [0.0, 1.0])
+    with pytest.raises(UserError, match=r"X of shape \(3, 1\) found"):
+        nnls_relative_fit([1, 2, 3], [1.0, 1.0])
+    with pytest.raises(UserError, match="1 names found for 2 columns"):
+        nnls_relative_fit([[1, 2]], [1.0], ["x"])
