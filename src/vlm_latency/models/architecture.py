@@ -1,0 +1,411 @@
+"""What an analysis needs to know of a model without its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from vlm_latency.errors import ModelError
+from vlm_latency.models.components import (
+    Components,
+    Parameters,
+    count_parameters,
+    find_components,
+)
+from vlm_latency.models.requests import (
+    Preparer,
+    TokenCounts,
+    image_token_id,
+    molmo_geometry,
+    offline_preparer,
+    pretrained_preparer,
+)
+from vlm_latency.models.zoo import Family, is_path, load_zoo, weights_kind
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from vlm_latency.options import ModelOptions
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Architecture:
+    """One model's architecture; everything but its name is worked out when first asked for.
+
+    Attributes
+    ----------
+    name, hub_id, model_type
+        `hub_id` is None for a model that is only ours.
+    transformers_config
+        The configuration object.
+    components : Components
+        Dotted paths of the parts.
+    parameters : Parameters
+        By component.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        build: Callable[[str], PreTrainedModel],
+        make_preparer: Callable[[], Preparer],
+        *,
+        hub_id: str | None = None,
+        component_overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.hub_id = hub_id
+        self.transformers_config = config
+        self.model_type: str = config.model_type
+        self._build = build
+        self._make_preparer = make_preparer
+        self._overrides = component_overrides
+        self._meta: dict[str, PreTrainedModel] = {}
+
+    def __repr__(self) -> str:
+        return f"Architecture({self.name!r}, model_type={self.model_type!r})"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration as a JSON-able dict."""
+        import json
+
+        found: dict[str, Any] = json.loads(self.transformers_config.to_json_string(use_diff=False))
+        return found
+
+    @cached_property
+    def _text(self) -> PreTrainedConfig:
+        return self.transformers_config.get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self._text.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return int(self._text.hidden_size)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a decoder layer."""
+        return int(self._text.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key-value heads of a decoder layer."""
+        return int(getattr(self._text, "num_key_value_heads", None) or self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return int(getattr(self._text, "head_dim", None) or self.hidden_size // self.num_heads)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Outputs of the head."""
+        return int(self.components.resolve(self.meta_model()).head.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int:
+        """Longest prompt and output together."""
+        return int(self._text.max_position_embeddings)
+
+    @property
+    def tiling(self) -> dict[str, Any] | None:
+        """Keyword arguments for `vlm_latency.molmo.tiling`; None for a model without Molmo's tiles."""
+        return molmo_geometry(self.transformers_config)
+
+    @cached_property
+    def components(self) -> Components:
+        """Which module is which.
+
+        Raises
+        ------
+        ModelError
+            If the parts cannot be told apart.
+        """
+        return find_components(self.meta_model(), self._overrides)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """Parameters of each component."""
+        return count_parameters(self.meta_model(), self.components)
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes that one position takes in the key-value cache, over all layers."""
+        values = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return values * BYTES_PER_VALUE[dtype]
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Bytes of all parameters."""
+        return self.parameters.params_total * BYTES_PER_VALUE[dtype]
+
+    def meta_model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
+        """The model itself on the meta device: shapes, no numbers.
+
+        Built once for each of ``sdpa`` and ``eager``.
+        """
+        if attn_implementation not in self._meta:
+            self._meta[attn_implementation] = self._build(attn_implementation)
+        return self._meta[attn_implementation]
+
+    @cached_property
+    def preparer(self) -> Preparer:
+        """Prepares requests for this model, on the CPU.
+
+        Raises
+        ------
+        ModelError
+            If the family's image processor needs torchvision and it is absent.
+        """
+        return self._make_preparer()
+
+    def image_tokens(self, width: int, height: int) -> TokenCounts:
+        """What an image of this size (pixels) becomes, without text.
+
+        ``num_total_tokens`` counts the vision tokens and the special ones around them. Molmo has a
+        closed form; elsewhere the family's own processor is run on a blank image, once for each
+        size, so that the answer is the processor's by construction.
+        """
+        return self._image_tokens(width, height)
+
+    @cached_property
+    def _image_tokens(self) -> Callable[[int, int], TokenCounts]:
+        return lru_cache(maxsize=4096)(self._count_image)
+
+    def _count_image(self, width: int, height: int) -> TokenCounts:
+        if self.tiling is not None:
+            from vlm_latency.molmo.tiling import image_token_counts
+
+            found = image_token_counts(width, height, **self.tiling)
+            return TokenCounts(
+                **found._asdict(),
+                num_total_tokens=found.num_vision_tokens + found.num_image_special_tokens,
+            )
+        counts = self._blank(width, height).counts
+        return TokenCounts(
+            num_crops=counts.num_crops,
+            tiling_rows=None,
+            tiling_cols=None,
+            num_vision_patches=counts.num_vision_patches,
+            num_vision_tokens=counts.num_vision_tokens,
+            num_image_special_tokens=counts.num_image_special_tokens,
+            num_total_tokens=counts.num_vision_tokens + counts.num_image_special_tokens,
+        )
+
+    def _blank(self, width: int, height: int) -> Any:
+        from PIL import Image
+
+        return self.preparer(Image.new("RGB", (width, height)), "")
+
+    def dummy_inputs(
+        self, width: int, height: int, num_text_tokens: int, device: str | torch.device = "meta"
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of exactly the names, shapes and types that the processor gives.
+
+        Parameters
+        ----------
+        width, height
+            Of the image, in pixels.
+        num_text_tokens
+            Tokens of the prompt besides the image's own (vision and special ones).
+        device
+            On ``meta``, integer tensors stay on the CPU: a model's control flow reads grids and
+            placeholder ids.
+        """
+        import torch
+
+        blank = self._blank(width, height)
+        counts = blank.counts
+        inputs: dict[str, torch.Tensor] = dict(blank.inputs)
+        length = inputs["input_ids"].shape[1]
+        wanted = counts.num_vision_tokens + counts.num_image_special_tokens + num_text_tokens
+        places = (inputs["input_ids"][0] == image_token_id(self.transformers_config)).nonzero()
+        behind_image = int(places.max()) + 1
+        if wanted < behind_image:
+            raise ModelError(
+                f"{self.name}: a prompt of {num_text_tokens} text tokens is shorter than what "
+                "stands before the image"
+            )
+        for name, value in inputs.items():
+            if value.ndim == 2 and value.shape[1] == length and not value.is_floating_point():
+                # The last position is ordinary text, and so is what is added.
+                tail = value[:, -1:].expand(-1, max(0, wanted - length))
+                inputs[name] = torch.cat([value[:, :wanted], tail], dim=1)
+        on_meta = torch.device(device).type == "meta"
+        return {
+            name: value if on_meta and not value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
+
+    def image_sizes_for_ladder(self, n: int) -> list[tuple[int, int]]:
+        """Image sizes (width, height) of strictly increasing numbers of vision tokens.
+
+        For models without Molmo's tiles. At most `n`; fewer where the model knows fewer numbers of
+        tokens (LLaVA-1.5 and Gemma 3 give every image the same: one size).
+        """
+        sizes: dict[int, tuple[int, int]] = {}
+        for width, height in self._ladder_candidates(n):
+            tokens = self.image_tokens(width, height).num_vision_tokens
+            sizes.setdefault(tokens, (width, height))
+        ordered = [sizes[tokens] for tokens in sorted(sizes)]
+        if len(ordered) <= n:
+            return ordered
+        if n == 1:
+            return ordered[:1]
+        return [ordered[round(k * (len(ordered) - 1) / (n - 1))] for k in range(n)]
+
+    def _ladder_candidates(self, n: int) -> list[tuple[int, int]]:
+        vision = self.transformers_config.vision_config
+        merge = getattr(vision, "spatial_merge_size", None)
+        if merge is not None:
+            # One token per cell: squares of 8 … 36 cells, 64 … 1,296 tokens, evenly in tokens.
+            cell = vision.patch_size * merge
+            squares = [round((64 + (1296 - 64) * k / max(1, n - 1)) ** 0.5) for k in range(n)]
+            return [(cell * side, cell * side) for side in squares]
+        side = vision.image_size
+        side = side if isinstance(side, int) else side[0]
+        grids = [(cols, rows) for cols in range(1, 13) for rows in range(1, cols + 1)]
+        return [(cols * side, rows * side) for cols, rows in grids if cols * rows <= 12]
+
+
+def describe(options: ModelOptions) -> Architecture:
+    """Find a model's architecture: a name of the zoo, a hub id or a local folder.
+
+    Raises
+    ------
+    ModelError
+        For an unknown name (with the nearest and all known ones), a folder without configuration,
+        or an option that does not apply to the family.
+    """
+    from vlm_latency.molmo import register
+
+    register()
+    zoo = load_zoo(options.zoo_file)
+    name = options.name
+    if not name:
+        raise ModelError("model.name is not given: a name of the zoo, a hub id or a local folder")
+    if is_path(name):
+        hub_id, path = name, name
+        config = _read_config(name, options)
+        family = zoo.families.get(config.model_type, Family())
+        overrides, processor_settings, image_settings = family.components, {}, {}
+    else:
+        entry = zoo.find(name)
+        hub_id, path = entry.hub_id, entry.hub_id
+        config = _make_config(name, entry.config)
+        family = zoo.families.get(config.model_type, Family())
+        overrides = {**family.components, **entry.components}
+        processor_settings, image_settings = entry.processor_settings, entry.image_settings
+        if weights_kind(options) == "pretrained":
+            if path is None:
+                raise ModelError(f"{name} has no published weights; use model.weights=random")
+            config = _read_config(path, options)
+    _apply_options(config, options)
+
+    def make_preparer() -> Preparer:
+        if weights_kind(options) == "pretrained":
+            preparer = pretrained_preparer(
+                family,
+                config,
+                str(path),
+                revision=options.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
+        else:
+            preparer = offline_preparer(family, config, processor_settings, image_settings)
+        if options.max_crops is not None:
+            _limit_crops(preparer, options.max_crops)
+        return preparer
+
+    return Architecture(
+        name,
+        config,
+        lambda attn: build_on_meta(config, attn, trust_remote_code=options.trust_remote_code),
+        make_preparer,
+        hub_id=hub_id,
+        component_overrides=overrides,
+    )
+
+
+def build_on_meta(
+    config: PreTrainedConfig,
+    attn_implementation: str,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Make the model on the meta device, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                # A copy: the model keeps its configuration and writes into it.
+                copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code and config.model_type != "molmo",
+            )
+    except (ValueError, ImportError) as error:
+        raise ModelError(
+            f"a model of model_type {config.model_type!r} with attn_implementation="
+            f"{attn_implementation} cannot be built: {error}"
+        ) from None
+    return model.eval()
+
+
+def _make_config(name: str, values: Mapping[str, Any]) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    fields = copy.deepcopy(dict(values))
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:  # each configuration class raises kinds of its own
+        raise ModelError(f"the zoo's configuration of {name} is not valid: {error}") from error
+
+
+def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
+    from transformers import AutoConfig, PreTrainedConfig
+
+    where = {"revision": options.revision}
+    try:
+        # Molmo is ours, even where remote code is trusted.
+        keys, _ = PreTrainedConfig.get_config_dict(path, **where)
+        trust = options.trust_remote_code and keys.get("model_type") != "molmo"
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"no usable configuration at {path}: {error}") from None
+
+
+def _apply_options(config: PreTrainedConfig, options: ModelOptions) -> None:
+    if options.float32_attention is not None:
+        if config.model_type != "molmo":
+            raise ModelError(
+                f"model.float32_attention is for Molmo only, not for model_type "
+                f"{config.model_type!r}; leave it out"
+            )
+        config.float32_attention = options.float32_attention
+    if options.max_crops is not None and config.model_type == "molmo":
+        config.max_crops = options.max_crops
+
+
+def _limit_crops(preparer: Preparer, max_crops: int) -> None:
+    images = preparer.processor.image_processor
+    if hasattr(images, "max_crops"):  # Molmo, Molmo2
+        images.max_crops = max_crops
+    elif hasattr(images, "max_patches"):  # InternVL
+        images.max_patches = max_crops
+    else:
+        raise ModelError(
+            f"model.max_crops does not apply to model_type {preparer.config.model_type!r}, which "
+            "has no limit of that kind; leave it out"
+        )

@@ -1,0 +1,193 @@
+"""Which module of a model is the vision encoder, the projector, the language model and the head.
+
+transformers names them for every model (`get_encoder`, `get_decoder`, `get_output_embeddings`); the
+projector is what the base model has besides, or a merger at the encoder's end. Where that rule does
+not tell, the zoo's ``components:`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vlm_latency.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_MERGERS = ("merger", "deepstack_merger_list")
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The components themselves; see `Components`."""
+
+    vision_encoder: nn.Module
+    projector: tuple[nn.Module, ...]
+    language_model: nn.Module
+    head: nn.Module
+
+
+@dataclass(frozen=True)
+class Components:
+    """Dotted paths of the components in the model.
+
+    Attributes
+    ----------
+    vision_encoder, language_model, head
+        One module each. A projector may lie inside the vision encoder (Qwen's merger).
+    projector
+        One module or more.
+    image_projector
+        The part of the projector behind its pooling, where the two are told apart (Molmo).
+    """
+
+    vision_encoder: str
+    projector: tuple[str, ...]
+    language_model: str
+    head: str
+    image_projector: tuple[str, ...] = ()
+
+    def resolve(self, model: nn.Module) -> Modules:
+        """The modules at these paths in `model`."""
+        return Modules(
+            vision_encoder=model.get_submodule(self.vision_encoder),
+            projector=tuple(model.get_submodule(path) for path in self.projector),
+            language_model=model.get_submodule(self.language_model),
+            head=model.get_submodule(self.head),
+        )
+
+
+def find_components(
+    model: PreTrainedModel, overrides: Mapping[str, Any] | None = None
+) -> Components:
+    """Tell the parts of a model apart.
+
+    Parameters
+    ----------
+    overrides
+        Paths by the names of `Components`, which come before the rule.
+
+    Raises
+    ------
+    ModelError
+        Where a part is not found, with the modules that were.
+    """
+    overrides = overrides or {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, Any] = {**_by_rule(model, paths), **overrides}
+    for name in ("projector", "image_projector"):
+        value = found.get(name) or ()
+        found[name] = (value,) if isinstance(value, str) else tuple(value)
+
+    unknown = set(overrides) - {field.name for field in fields(Components)}
+    wanted = ("vision_encoder", "projector", "language_model", "head")
+    missing = [name for name in wanted if not found.get(name)]
+    given = [found.get(name) for name in ("vision_encoder", "language_model", "head")]
+    known = set(paths.values())
+    absent = [
+        path
+        for path in (*given, *found["projector"], *found["image_projector"])
+        if path and path not in known
+    ]
+    if missing or absent or unknown:
+        seen = {name: path for name, path in found.items() if path and name in wanted}
+        children = [name for name, _ in model.base_model.named_children()]
+        raise ModelError(
+            f"the parts of {type(model).__name__} cannot be told apart: "
+            + (f"no {', '.join(missing)} found; " if missing else "")
+            + (f"no module at {', '.join(absent)}; " if absent else "")
+            + (f"no component is called {', '.join(sorted(unknown))}; " if unknown else "")
+            + f"found {seen or 'nothing'} among the base model's children "
+            f"{', '.join(children) or '(none)'}. Give the paths under `components:` of this "
+            "model's entry in a zoo file (model.zoo_file)"
+        )
+    return Components(**found)
+
+
+def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]:
+    base = model.base_model
+    encoder = model.get_encoder(modality="image")
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    found: dict[str, Any] = {}
+    # Both getters give the model itself where they find nothing.
+    if encoder not in (model, base):
+        found["vision_encoder"] = paths[id(encoder)]
+    if decoder not in (model, base):
+        found["language_model"] = paths[id(decoder)]
+    if head is not None:
+        found["head"] = paths[id(head)]
+    if "vision_encoder" in found and "language_model" in found:
+        others = [
+            child
+            for child in base.children()
+            if child not in (encoder, decoder, head) and any(True for _ in child.parameters())
+        ]
+        mergers = [child for name, child in encoder.named_children() if name in _MERGERS]
+        found["projector"] = tuple(paths[id(module)] for module in others or mergers)
+    return found
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of each component; tied ones count once.
+
+    Embeddings, extra embedding rows and the head belong to the language model; pooling and padding
+    vectors to the projector, as do parameters that lie in no component.
+    """
+
+    params_vision_encoder: int
+    params_projector: int
+    params_image_projector: int | None  # without pooling and padding vectors, where told apart
+    params_llm: int
+    params_llm_active: int  # that one token runs through: top-k of the experts
+    params_total: int
+    params_active: int
+    moe_num_experts: int | None
+    moe_top_k: int | None
+
+    def to_dict(self) -> dict[str, int | None]:
+        """By the names that results use."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def count_parameters(model: PreTrainedModel, components: Components) -> Parameters:
+    """Count the parameters of each component; works on the meta device."""
+    parts = components.resolve(model)
+
+    def ids(*modules: nn.Module) -> dict[int, int]:
+        return {id(p): p.numel() for module in modules for p in module.parameters()}
+
+    everything = ids(model)
+    projector = ids(*parts.projector)
+    vision = {key: n for key, n in ids(parts.vision_encoder).items() if key not in projector}
+    llm = ids(parts.language_model, parts.head)
+    loose = set(everything) - set(vision) - set(llm) - set(projector)
+    total, vision_total, llm_total = (sum(d.values()) for d in (everything, vision, llm))
+    image_projector = ids(*(model.get_submodule(path) for path in components.image_projector))
+
+    text = model.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+    top_k = getattr(text, "num_experts_per_tok", None) if experts else None
+    idle = 0
+    if experts and top_k:
+        expert_params = sum(
+            sum(ids(module).values())
+            for module in parts.language_model.modules()
+            if type(module).__name__.endswith("Experts")
+        )
+        idle = expert_params * (experts - top_k) // experts
+    return Parameters(
+        params_vision_encoder=vision_total,
+        params_projector=sum(projector.values()) + sum(everything[key] for key in loose),
+        params_image_projector=sum(image_projector.values()) or None,
+        params_llm=llm_total,
+        params_llm_active=llm_total - idle,
+        params_total=total,
+        params_active=total - idle,
+        moe_num_experts=experts,
+        moe_top_k=top_k,
+    )

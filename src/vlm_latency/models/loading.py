@@ -1,0 +1,270 @@
+"""Load a model, ready to be measured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlm_latency.errors import ModelError
+from vlm_latency.models.architecture import Architecture, build_on_meta, describe
+from vlm_latency.models.random_weights import materialise
+from vlm_latency.models.requests import Prepared, Preparer, wrap_processor
+from vlm_latency.models.zoo import Family, load_zoo, weights_kind
+from vlm_latency.options import ModelOptions
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import PreTrainedModel
+
+# Positions of key-value cache that a model must have room for beside its weights, at most.
+_CACHE_TOKENS = 4096
+# Activations, workspace and the device's own context, as a share of the weights and in bytes.
+_MARGIN_SHARE = 0.05
+_MARGIN_BYTES = {"cuda": 2**30, "cpu": 2**28}
+
+
+class VLM:
+    """A loaded model.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        In evaluation mode on `device`.
+    architecture : Architecture
+    components : Modules
+        The modules themselves.
+    options : ModelOptions
+    device : torch.device
+    dtype : torch.dtype
+    weights : str
+        ``pretrained``, ``random``, or ``own`` for a user's object.
+    revision : str or None
+        Commit of a checkpoint from the hub.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        options: ModelOptions,
+        *,
+        weights: str,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.components = architecture.components.resolve(model)
+        self.options = options
+        self.weights = weights
+        self.revision = revision
+        first = next(model.parameters())
+        self.device = first.device
+        self.dtype: torch.dtype = model.dtype
+
+    @classmethod
+    def from_objects(
+        cls,
+        model: PreTrainedModel,
+        processor: Any,
+        name: str | None = None,
+        prompt_builder: Callable[[str], str] | None = None,
+    ) -> VLM:
+        """Measure a model object of your own: fine-tuned, pruned or otherwise changed.
+
+        Parameters
+        ----------
+        model
+            Any image-text-to-text model of transformers, on the device it is to run on.
+        processor
+            Its processor, called as ``processor(images=..., text=..., return_tensors="pt")``.
+        name
+            For tables; the class's name by default.
+        prompt_builder
+            From the user's prompt to the text with one image placeholder; by default the
+            processor's chat template.
+        """
+        zoo = load_zoo()
+        family = zoo.families.get(model.config.model_type, Family())
+        architecture = Architecture(
+            name or type(model).__name__,
+            model.config,
+            lambda attn: _shape_of(model, attn),
+            lambda: wrap_processor(processor, model.config, family, prompt_builder),
+            component_overrides=family.components,
+        )
+        options = ModelOptions(
+            name=architecture.name,
+            device=str(model.device),
+            attn_implementation=model.config._attn_implementation or "eager",
+        )
+        return cls(model.eval(), architecture, options, weights="own")
+
+    @property
+    def preparer(self) -> Preparer:
+        """What `prepare` uses: its processor and tokenizer."""
+        return self.architecture.preparer
+
+    def prepare(self, image: Image.Image, prompt: str) -> Prepared:
+        """Tile, normalise and tokenise one request on the CPU.
+
+        The prompt is put into the model's chat template: the processor's own for pretrained
+        weights, the published one (``zoo.yml``) for random weights, Molmo's
+        ``" User: … Assistant:"`` in its processor.
+        """
+        return self.preparer(image, prompt)
+
+    def place(self, prepared: Prepared) -> Prepared:
+        """Copy the inputs to the device, pixels in the model's type, and wait for them."""
+        inputs = {
+            name: value.to(self.device, self.dtype if name.startswith("pixel_values") else None)
+            for name, value in prepared.inputs.items()
+        }
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return prepared.moved(inputs)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of output tokens, without special ones."""
+        return str(self.preparer.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.preparer.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def load(options: ModelOptions) -> VLM:
+    """Load the model that the options ask for.
+
+    Raises
+    ------
+    ModelError
+        Unknown model, no such device, not enough memory (with the numbers), unloadable weights.
+    """
+    device = resolve_device(options)
+    dtype = resolve_dtype(options, device)
+    architecture = describe(options)
+    check_fits(architecture, options)
+    _ = architecture.preparer  # before the weights: it may ask for what is not installed
+    weights = weights_kind(options)
+    revision = None
+    if weights == "random":
+        model = build_on_meta(
+            architecture.transformers_config,
+            options.attn_implementation,
+            dtype,
+            trust_remote_code=options.trust_remote_code,
+        )
+        materialise(model, device, options.seed)
+    else:
+        model = _load_pretrained(architecture, options, device, dtype)
+        revision = getattr(model.config, "_commit_hash", None) or options.revision
+    return VLM(model, architecture, options, weights=weights, revision=revision)
+
+
+def resolve_device(options: ModelOptions) -> torch.device:
+    """The device: ``auto`` is the GPU where there is one.
+
+    Raises
+    ------
+    ModelError
+        For a device that is not there.
+    """
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ModelError(
+            f"model.device: found {options.device!r}; expected auto, cpu, cuda or cuda:N"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ModelError(
+            f"model.device={options.device}, but {found or 'no'} CUDA devices are here; use "
+            "model.device=cpu" + (f" or cuda:0 … cuda:{found - 1}" if found else "")
+        )
+    return device
+
+
+def resolve_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """The type of weights: ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
+    if options.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def check_fits(architecture: Architecture, options: ModelOptions) -> None:
+    """Refuse a model that the device has no room for, before anything is loaded.
+
+    Raises
+    ------
+    ModelError
+        With the bytes wanted and the bytes free.
+    """
+    device = resolve_device(options)
+    dtype = str(resolve_dtype(options, device)).removeprefix("torch.")
+    weights = architecture.weight_bytes(dtype)
+    positions = min(architecture.max_positions, _CACHE_TOKENS)
+    cache = positions * architecture.kv_bytes_per_token(dtype)
+    margin = round(weights * _MARGIN_SHARE) + _MARGIN_BYTES.get(device.type, 0)
+    free = _free_bytes(device)
+    if weights + cache + margin > free:
+        raise ModelError(
+            f"{architecture.name} does not fit on {device}: weights in {dtype} "
+            f"{_gib(weights)} + key-value cache of {positions} positions {_gib(cache)} + margin "
+            f"{_gib(margin)} = {_gib(weights + cache + margin)}, but {_gib(free)} are free. Use a "
+            "smaller model, a narrower model.dtype or another device"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _load_pretrained(
+    architecture: Architecture, options: ModelOptions, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    from transformers import AutoModelForImageTextToText
+
+    path = architecture.hub_id
+    try:
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+            path,
+            config=copy.deepcopy(architecture.transformers_config),
+            revision=options.revision,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code and architecture.model_type != "molmo",
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"the weights of {path} do not load: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _shape_of(model: PreTrainedModel, attn_implementation: str) -> PreTrainedModel:
+    """A copy of the model on the meta device: its numbers are never copied."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=False
+        )
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    shape = copy.deepcopy(model, memo)
+    shape.set_attn_implementation(attn_implementation)
+    return shape

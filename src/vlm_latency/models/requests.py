@@ -1,0 +1,359 @@
+"""From an image and a prompt to a model's inputs, and how many tokens of which kind they are.
+
+The family's own processor does the work. With random weights it is put together offline: the
+family's PIL image processor and the bundled tokenizer, with the published chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from vlm_latency.errors import ModelError
+from vlm_latency.models.tokenizer import build_tokenizer
+from vlm_latency.models.zoo import Family
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What one request is made of.
+
+    Attributes
+    ----------
+    num_crops
+        Images that the encoder sees, the global one among them.
+    tiling_rows, tiling_cols
+        Molmo's grid of tiles; None for models that tile otherwise or not at all.
+    num_vision_patches
+        Patches that the encoder sees, over all crops.
+    num_vision_tokens
+        Positions of the prompt that carry an image feature.
+    num_image_special_tokens
+        What the image brings besides: start, end, row and column marks.
+    num_total_tokens
+        Length of the prompt.
+    """
+
+    num_crops: int
+    tiling_rows: int | None
+    tiling_cols: int | None
+    num_vision_patches: int
+    num_vision_tokens: int
+    num_image_special_tokens: int
+    num_total_tokens: int
+
+    @property
+    def num_language_tokens(self) -> int:
+        """All positions that carry no image feature."""
+        return self.num_total_tokens - self.num_vision_tokens
+
+
+class Prepared:
+    """One request, ready for ``generate(**inputs)``.
+
+    Attributes
+    ----------
+    inputs : dict of tensors, batch 1
+    counts : TokenCounts
+        Worked out when first asked for, so that timing `VLM.prepare` times the preparation only.
+    """
+
+    def __init__(self, inputs: dict[str, torch.Tensor], count: Callable[[], TokenCounts]) -> None:
+        self.inputs = inputs
+        self._count = count
+
+    @cached_property
+    def counts(self) -> TokenCounts:
+        return self._count()
+
+    def moved(self, inputs: dict[str, torch.Tensor]) -> Prepared:
+        """The same request with its inputs elsewhere."""
+        return Prepared(inputs, lambda: self.counts)
+
+
+class Preparer:
+    """Prepares requests for one model.
+
+    Parameters
+    ----------
+    processor
+        The family's processor.
+    config
+        The model's configuration.
+    build_prompt
+        From the user's prompt to the whole text, with the image's placeholder in it. None: the
+        processor does it by itself (Molmo).
+    image_mark
+        How the image is written in that text.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        config: PreTrainedConfig,
+        build_prompt: Callable[[str], str] | None,
+        image_mark: str | None,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.config = config
+        self.build_prompt = build_prompt
+        self.image_mark = image_mark
+
+    def __call__(self, image: Image.Image, prompt: str) -> Prepared:
+        """Prepare one request on the CPU."""
+        text = prompt if self.build_prompt is None else self.build_prompt(prompt)
+        batch = self.processor(images=image, text=text, return_tensors="pt")
+        inputs = dict(batch)
+        size = image.size
+        return Prepared(inputs, lambda: self._count(inputs, text, size))
+
+    def _count(
+        self, inputs: Mapping[str, torch.Tensor], text: str, size: tuple[int, int]
+    ) -> TokenCounts:
+        ids = inputs["input_ids"][0]
+        total = len(ids)
+        vision = int((ids == image_token_id(self.config)).sum())
+        if self.build_prompt is None:
+            of_text = self.processor(text=text)["input_ids"].shape[1]
+        else:
+            first, *rest = text.split(self.image_mark)
+            of_text = len(self.tokenizer(first)["input_ids"]) + sum(
+                len(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rest
+            )
+        crops, patches = self._crops_and_patches(inputs["pixel_values"])
+        rows, cols = molmo_tiling(self.config, *size) or (None, None)
+        return TokenCounts(
+            num_crops=crops,
+            tiling_rows=rows,
+            tiling_cols=cols,
+            num_vision_patches=patches,
+            num_vision_tokens=vision,
+            num_image_special_tokens=total - vision - of_text,
+            num_total_tokens=total,
+        )
+
+    def _crops_and_patches(self, pixels: torch.Tensor) -> tuple[int, int]:
+        """Pixels come as (…, channels, height, width) or as flattened patches (…, patches, values)."""
+        vision = self.config.vision_config
+        shape = pixels.shape
+        if len(shape) >= 4 and shape[-3] == getattr(vision, "num_channels", 3):
+            side = vision.patch_size
+            rows, cols = (side, side) if isinstance(side, int) else side
+            crops = shape[:-3].numel()
+            return crops, crops * (shape[-2] // rows) * (shape[-1] // cols)
+        return shape[:-2].numel(), shape[:-1].numel()
+
+
+def image_token_id(config: PreTrainedConfig) -> int:
+    """The id at the positions that carry an image feature."""
+    for name in ("image_token_id", "image_token_index", "image_patch_id"):
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    raise ModelError(
+        f"the configuration of model_type {config.model_type!r} has no image_token_id: the "
+        "positions of the image cannot be told from the text"
+    )
+
+
+def molmo_geometry(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Keyword arguments for the functions of `vlm_latency.molmo.tiling`; None for other families."""
+    if config.model_type != "molmo":
+        return None
+    return {
+        "max_crops": config.max_crops,
+        "patch_size": config.vision_config.patch_size,
+        "crop": config.vision_config.image_size,
+        "margins": tuple(config.overlap_margins),
+    }
+
+
+def molmo_tiling(config: PreTrainedConfig, width: int, height: int) -> tuple[int, int] | None:
+    """Rows and columns of Molmo's tiles; None for other families."""
+    from vlm_latency.molmo.tiling import select_tiling
+
+    geometry = molmo_geometry(config)
+    return None if geometry is None else select_tiling(height, width, **geometry)
+
+
+def offline_preparer(
+    family: Family,
+    config: PreTrainedConfig,
+    processor_settings: Mapping[str, Any],
+    image_settings: Mapping[str, Any],
+) -> Preparer:
+    """Put a processor together without any file: for models with random weights."""
+    tokenizer = _family_tokenizer(family, config)
+    if config.model_type == "molmo":
+        from vlm_latency.molmo import MolmoProcessor
+
+        return Preparer(MolmoProcessor.from_config(config, tokenizer), config, None, None)
+    if not (family.processor and family.image_processor and family.image):
+        raise ModelError(
+            f"requests for random weights of model_type {config.model_type!r} need the family's "
+            "processor, image_processor and image mark: describe it under `families:` of a zoo "
+            "file (model.zoo_file), or use pretrained weights, which bring their own processor"
+        )
+    image_class = _from_transformers(family.image_processor, config.model_type)
+    image_processor = image_class(**{**family.image_settings, **image_settings})
+    processor = _without_video(_from_transformers(family.processor, config.model_type))(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        **({"video_processor": None} if _wants_video(family.processor) else {}),
+        **{**family.processor_settings, **processor_settings},
+    )
+    return Preparer(processor, config, _template(family), family.image)
+
+
+def pretrained_preparer(
+    family: Family,
+    config: PreTrainedConfig,
+    path: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Preparer:
+    """The processor that a checkpoint brings."""
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import is_torchvision_available
+
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    known = family.processor or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    try:
+        if config.model_type == "molmo" or is_torchvision_available() or not known:
+            processor = AutoProcessor.from_pretrained(path, **where)
+        else:
+            # AutoProcessor would load the video part as well, which needs torchvision.
+            cls = _without_video(_from_transformers(known, config.model_type))
+            processor = cls.from_pretrained(path, backend="pil", **where)
+    except (OSError, ImportError, ValueError) as error:
+        raise ModelError(f"the processor of {path} does not load: {error}") from None
+    return wrap_processor(processor, config, family)
+
+
+def wrap_processor(
+    processor: Any,
+    config: PreTrainedConfig,
+    family: Family,
+    prompt_builder: Callable[[str], str] | None = None,
+) -> Preparer:
+    """A preparer around a processor that is there: by its chat template, or else the family's."""
+    if config.model_type == "molmo" and prompt_builder is None:
+        return Preparer(processor, config, None, None)
+    mark = family.image or getattr(processor, "image_token", None)
+    if not mark:
+        raise ModelError(
+            f"{type(processor).__name__} names no image_token: where the image goes in the prompt "
+            "is unknown"
+        )
+    if prompt_builder is None:
+        chat = getattr(processor, "chat_template", None)
+        prompt_builder = _chat(processor) if chat else _template(family, mark)
+    if mark not in prompt_builder("x"):
+        mark = processor.image_token
+    return Preparer(processor, config, prompt_builder, mark)
+
+
+def _template(family: Family, mark: str | None = None) -> Callable[[str], str]:
+    before, after = family.prompt.replace("{image}", mark or family.image or "").split("{prompt}")
+    return lambda prompt: before + prompt + after
+
+
+def _chat(processor: Any) -> Callable[[str], str]:
+    bos = processor.tokenizer.bos_token
+    doubled = bool(bos) and processor.tokenizer("")["input_ids"][:1] == [
+        processor.tokenizer.bos_token_id
+    ]
+
+    def build(prompt: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return text.removeprefix(bos) if doubled else text
+
+    return build
+
+
+def _family_tokenizer(family: Family, config: PreTrainedConfig) -> Any:
+    """The bundled tokenizer with the family's special tokens at the configuration's ids."""
+    text_config = config.get_text_config()
+    vocab_size = text_config.vocab_size - getattr(config, "additional_vocab_size", 0)
+    rows = text_config.vocab_size + getattr(text_config, "additional_vocab_size", 0)
+
+    def configured(key: str) -> int | None:
+        for holder in (config, text_config):
+            value = getattr(holder, key, None)
+            value = value[0] if isinstance(value, list | tuple) else value
+            if isinstance(value, int):
+                return value
+        return None
+
+    named: dict[str, str] = {}
+    ids: dict[str, int] = {}
+    waiting: list[str] = []
+    specs = [*family.tokens.items(), *((None, token) for token in family.more)]
+    for name, spec in specs:
+        token = spec if isinstance(spec, str) else spec["token"]
+        key = f"{name}_id" if isinstance(spec, str) else spec["id"]
+        if name:
+            named[name] = token
+        found = configured(key) if key else None
+        if found is not None and found not in ids.values():
+            ids.setdefault(token, found)
+        elif token not in ids:
+            waiting.append(token)
+    top = vocab_size - 1
+    for token in dict.fromkeys(waiting):
+        if token in ids:
+            continue
+        while top in ids.values():
+            top -= 1
+        ids[token] = top
+    return build_tokenizer(named, ids, rows)
+
+
+def _from_transformers(name: str, model_type: str) -> Any:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no {name}, which model_type "
+            f"{model_type!r} asks for in the zoo"
+        )
+    if "torchvision" in getattr(found, "_backends", ()):
+        raise ModelError(
+            f"preparing images for model_type {model_type!r} needs torchvision, which is not "
+            'installed; "pip install torchvision"'
+        )
+    return found
+
+
+def _wants_video(name: str) -> bool:
+    import inspect
+
+    import transformers
+
+    return "video_processor" in inspect.signature(getattr(transformers, name).__init__).parameters
+
+
+def _without_video(processor_class: Any) -> Any:
+    """The processor for images only: its video part needs torchvision."""
+
+    class ImagesOnly(processor_class):  # type: ignore[misc]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+    ImagesOnly.__name__ = processor_class.__name__
+    return ImagesOnly
