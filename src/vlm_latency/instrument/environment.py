@@ -1,0 +1,264 @@
+"""On what, with what and under which conditions something was measured.
+
+Two numbers may be put together only where nothing that could change them differs: the
+``conditions`` of the environment, whose hash is the fingerprint of every row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import vlm_latency
+from vlm_latency.options import MeasurementOptions, ModelOptions
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "safetensors")
+ROOT = Path(vlm_latency.__file__).parent
+
+# What runs while the clock does. Reports, costs and statistics may change without a new
+# measurement; so may the zoo, whose entries are in the conditions themselves.
+MEASURING_CODE = (
+    "instrument/clock.py",
+    "instrument/methods.py",
+    "instrument/noise.py",
+    "instrument/protocol.py",
+    "instrument/timeline.py",
+    "models/*.py",
+    "models/tokenizer.json",
+    "molmo/*.py",
+    "vqa/images.py",
+)
+
+# Settings of a measurement that change what happens to a single run.
+_RUN_SETTINGS = (
+    "method",
+    "max_new_tokens",
+    "order",
+    "warmup",
+    "warmup_runs",
+    "warmup_max_runs",
+)
+
+
+def environment(
+    model: ModelOptions,
+    measurement: MeasurementOptions,
+    *,
+    architecture: Any,
+    dataset: Mapping[str, Any],
+    template: str,
+) -> dict[str, Any]:
+    """Record hardware, software and settings of a measurement; nothing is loaded for it.
+
+    Parameters
+    ----------
+    architecture
+        What is known of the model without its weights.
+    dataset
+        What identifies the questions (``QuestionSource.describe()``).
+    template
+        The prompt around the question.
+
+    Returns
+    -------
+    dict
+        JSON-able: ``hardware, software, model, measurement, dataset, prompt_template, process``,
+        a ``line`` in words, and ``conditions``: the part that could change a number.
+    """
+    about = _model(model, architecture)
+    hardware = _hardware(about["device"])
+    software = _software(about["device"])
+    settings = measurement.model_dump(mode="json")
+    seeds = {"model": model.seed, "measurement": measurement.seed, "dataset": dataset.get("seed")}
+    code = code_hash()
+    return {
+        "line": _line(hardware, software, about),
+        "hardware": hardware,
+        "software": software,
+        "model": about,
+        "measurement": settings,
+        "dataset": dict(dataset),
+        "prompt_template": template,
+        "seeds": seeds,
+        "process": _process(),
+        "code": {"version": vlm_latency.__version__, "sha256": code, **_commit()},
+        "conditions": {
+            "hardware": hardware,
+            "software": software,
+            "model": about,
+            "measurement": {name: settings[name] for name in _RUN_SETTINGS},
+            # questions are told apart by their request_id, of which there may be more next time
+            "dataset": {name: dataset.get(name) for name in ("name", "source", "split")},
+            "prompt_template": template,
+            "code_sha256": code,
+        },
+    }
+
+
+def fingerprint(conditions: Mapping[str, Any]) -> str:
+    """Hash what could change a number: 16 hexadecimal digits of SHA-256.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    return _sha256(json.dumps(conditions, sort_keys=True, default=str).encode())
+
+
+@cache
+def code_hash() -> str:
+    """Hash the source of everything that runs while the clock does."""
+    digest = hashlib.sha256()
+    for pattern in MEASURING_CODE:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode())
+            digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
+
+
+def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
+    from vlm_latency.models import dtype_name, resolve_device, weights_kind
+
+    kind = weights_kind(options)
+    config = json.dumps(architecture.config, sort_keys=True, default=str).encode()
+    return {
+        "name": options.name,
+        "hub_id": architecture.hub_id,
+        "model_type": architecture.model_type,
+        "config_sha256": _sha256(config),
+        "weights": kind,
+        "revision": _revision(options) if kind == "pretrained" else None,
+        "seed": options.seed if kind == "random" else None,
+        "device": str(resolve_device(options)),
+        "dtype": dtype_name(options),
+        "attn_implementation": options.attn_implementation,
+        "float32_attention": options.float32_attention,
+        "engine": options.engine,
+        "cache": "dynamic" if options.engine == "eager" else "static",
+        "max_crops": options.max_crops,
+        "num_threads": options.num_threads,
+    }
+
+
+def _revision(options: ModelOptions) -> str | None:
+    """Which weights: a folder by its files' names and sizes, a hub id by its commit."""
+    folder = Path(str(options.name))
+    if folder.is_dir():
+        files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+        return _sha256(json.dumps(files).encode())
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(str(options.name), "config.json", revision=options.revision)
+    return Path(kept).parent.name if isinstance(kept, str) else options.revision
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        gpu = torch.cuda.get_device_properties(torch.device(device))
+        found |= {
+            "gpu": gpu.name,
+            "gpu_memory_gib": round(gpu.total_memory / 2**30),
+            "gpu_capability": f"{gpu.major}.{gpu.minor}",
+            "gpu_multiprocessors": gpu.multi_processor_count,
+        }
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _software(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"os": platform.platform(), "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if device.startswith("cuda"):
+        import torch
+
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()
+        found["nvidia_driver"] = _driver()
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no driver library, or no permission to ask it
+        return None
+
+
+def _process() -> dict[str, Any]:
+    """The state of things at the start; it differs every time and is no condition."""
+    has_load = hasattr(os, "getloadavg")
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF")
+    return {
+        "host": platform.node(),
+        "load_average": list(os.getloadavg()) if has_load else None,
+        "variables": {name: os.environ[name] for name in names if name in os.environ},
+    }
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    """The commit of the checkout this package lies in, and whether files differ from it."""
+    unknown = {"git_commit": None, "git_dirty": None}
+    checkout = ROOT.parent.parent
+    if not (checkout / ".git").exists():
+        return unknown
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(checkout), *command],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    return {"git_commit": commit, "git_dirty": bool(changes)}
+
+
+def _line(hardware: dict[str, Any], software: dict[str, Any], model: dict[str, Any]) -> str:
+    threads = model["num_threads"]
+    where = hardware.get("gpu") or (
+        f"{hardware['cpu']}, {threads} of {hardware['logical_cores']} cores"
+    )
+    parts = [where, model["dtype"], model["attn_implementation"], model["engine"]]
+    parts += [f"{name} {software[name]}" for name in ("torch", "transformers") if name in software]
+    return ", ".join(parts)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
