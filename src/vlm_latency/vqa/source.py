@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,16 +133,23 @@ def open_source(
     if source == "hub":
         from vlm_latency.vqa import hub
 
-        return hub.open_hub(name, split, hub_id, revision, columns, image_cache)
+        return hub.open_hub(
+            name,
+            split,
+            hub_id,
+            revision=revision,
+            columns=columns,
+            image_cache=images_root(source, image_cache=image_cache),
+        )
     if source not in ("official", "folder"):
         raise DataError(
             f"dataset source {source!r} is not known; expected official, hub, folder or synthetic"
         )
-    if path is None:
+    root = images_root(source, path)
+    if root is None:
         raise DataError(
             f"dataset.source={source} needs dataset.path: the folder that the dataset is in"
         )
-    root = Path(path).expanduser()
     if source == "official":
         from vlm_latency.vqa import official
 
@@ -149,6 +157,14 @@ def open_source(
     from vlm_latency.vqa import folder
 
     return folder.open_folder(name, split, root, questions_file)
+
+
+def images_root(
+    source: str, path: Path | str | None = None, image_cache: Path | str | None = None
+) -> Path | None:
+    """The folder that a source's image paths are relative to, without indexing its questions."""
+    folder = {"hub": image_cache, "synthetic": None}.get(source, path)
+    return None if folder is None else Path(folder).expanduser()
 
 
 def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFrame:
@@ -165,6 +181,8 @@ def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFra
         )
     except UnicodeEncodeError as error:
         raise DataError(f"{origin}: a text has a lone surrogate, which no file can hold") from error
+    except OverflowError as error:
+        raise DataError(f"{origin}: an id has more than 63 bits") from error
     if table.empty:
         raise DataError(f"{origin} holds no questions")
     again = table["question_id"].duplicated()
@@ -175,6 +193,11 @@ def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFra
         if name not in table:
             table[name] = pd.array([pd.NA] * len(table), dtype=dtype)
     return table[list(QUESTION_COLUMNS)]
+
+
+def majority(answers: list[str] | None) -> str | None:
+    """The most frequent answer, the earliest of several; None where there are no answers."""
+    return Counter(answers).most_common(1)[0][0] if answers else None
 
 
 def table_sha256(table: pd.DataFrame) -> str:
