@@ -60,20 +60,20 @@ def calibration(
             f"{interval(statistics['recovery_error'], '%', 100)}"
         )
     if overhead is not None:
-        said.append(f"measuring costs a ratio of {interval(overhead)}")
+        said.append(f"measured runs take {interval(overhead)} of bare ones")
     with style.applied():
         title = f"{context.model}: {'; '.join(said) or 'calibration'}"
         names = [["recovered", "error", "ratios"], ["shares", "below", "closure"]]
         figure, axes = panels(style, context, title, names)
-        headline(axes["recovered"], "Known delays, injected and recovered")
+        headline(axes["recovered"], "Known delays come back")
         _recovered(axes["recovered"], injections)
         headline(axes["error"], "Error of each recovery")
         _errors(axes["error"], injections)
-        headline(axes["ratios"], "Overhead, beside bare against bare")
+        headline(axes["ratios"], "Overhead, beside its null")
         _ratios(axes["ratios"], statistics)
         headline(axes["shares"], "False alarms and remainder")
         _shares(axes["shares"], statistics)
-        headline(axes["below"], "Components below zero before clamping")
+        headline(axes["below"], "Below zero before clamping")
         _below_zero(axes["below"], methods)
         headline(axes["closure"], "Sum of the parts against T_total")
         _closure(axes["closure"], methods)
@@ -99,8 +99,9 @@ def _recovered(axes: Axes, injections: pd.DataFrame) -> None:
     if min(injected.min(), recovered.min()) > 0:
         axes.set(xscale="log", yscale="log")
         levels = np.unique(injected)
-        axes.set_xticks(levels, [f"{level:g}" for level in levels])
-        axes.set_xticks([], minor=True)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(levels.tolist(), [f"{level:g}" for level in levels])
+            axis.set_ticks([], minor=True)
     axes.set(xlabel="injected (ms)", ylabel="recovered (ms)")
     axes.legend(loc="upper left")
     return None
@@ -202,7 +203,7 @@ def _below_zero(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.set_ylabel("requests (%)")
     axes.grid(axis="x", visible=False)
     axes.set_ylim(bottom=0, top=max(10.0, axes.get_ylim()[1]))
-    headroom(axes, len(methods))
+    headroom(axes, len(methods) + 1)
     axes.legend(loc="upper left")
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from vlm_latency.plots.style import (
     LABELS,
@@ -57,7 +58,7 @@ def ratios(
             panel=(8.0, 1.2 + 0.32 * len(names) * count),
         )
         plot = axes["ratios"]
-        headline(plot, "Ratio of each component, with its 95 % interval")
+        headline(plot, "Ratio with its 95 % interval")
         shown = 0
         for i, (run, result) in enumerate(comparisons.items()):
             for j, name in enumerate(names):
@@ -79,7 +80,7 @@ def ratios(
                 plot.text(
                     1.01,
                     y,
-                    f"{interval(entry['ratio'])}  {entry['verdict']}",
+                    interval(entry["ratio"]) + ("" if style.paper else f"  {entry['verdict']}"),
                     transform=plot.get_yaxis_transform(),
                     va="center",
                     size=small(),
@@ -93,15 +94,20 @@ def ratios(
         plot.axvspan(1 - margin, 1 + margin, color="black", alpha=0.1, lw=0, label="margin")
         plot.axvline(1, color="black", linewidth=0.8)
         low, high = plot.get_xlim()
-        if low > 0 and high / low > 4:
+        if low > 0 and high / low > 10:
             plot.set_xscale("log", base=2)
             plot.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         plot.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-        # a candidate's legend needs a row of its own
-        plot.set_ylim(len(names) + 0.2 + 0.3 * count * (count > 1), -0.7)
+        plot.set_ylim(len(names) - 0.3, -0.7)
         plot.set_xlabel(f"latency / latency of {baseline}   (below 1: faster)")
         plot.grid(axis="y", visible=False)
-        plot.legend(loc="lower right", ncols=min(count + 1, 4))
+        below = ScaledTranslation(0, -0.42, figure.dpi_scale_trans)  # inches: under the axis
+        plot.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=plot.transAxes + below,
+            ncols=2 if style.paper else min(count + 1, 4),
+        )
     return figure
 
 

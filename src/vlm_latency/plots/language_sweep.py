@@ -151,7 +151,7 @@ def _steps(axes: Axes, rows: pd.DataFrame, steps: Mapping[str, Any] | None) -> N
     axes.set_ylim(low - margin, high + margin)
     if beyond := int(((times < low - margin) | (times > high + margin)).sum()):
         axes.plot([], [], " ", label=f"{beyond:,} of {times.size:,} steps lie outside this view")
-    axes.set(xlabel="position of the output token", ylabel="time of one decode step (ms)")
+    axes.set(xlabel="position of the output token", ylabel="decode step (ms)")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="lower right")
     return None

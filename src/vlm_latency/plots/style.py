@@ -261,14 +261,15 @@ def headline(axes: Axes, text: str) -> None:
     """Give a panel its letter and its wrapped heading."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    letter = "abcdefghijkl"[figure.axes.index(axes)]
+    if len(figure.axes) > 1:
+        text = f"({'abcdefghijkl'[figure.axes.index(axes)]}) {text}"
     cell = axes.get_subplotspec()
     assert cell is not None
     ratios = np.asarray(cell.get_gridspec().get_width_ratios(), dtype=float)
     share = ratios[cell.colspan.start : cell.colspan.stop].sum() / ratios.sum()
     width = figure.get_figwidth() * share - 0.5  # the y axis and its label stand left of it
     size = matplotlib.rcParams["axes.titlesize"]
-    axes.set_title("\n".join(_wrapped(f"({letter}) {text}", width, size, bold=True)))
+    axes.set_title("\n".join(_wrapped(text, width, size, bold=True)))
 
 
 def small() -> float:
