@@ -1,0 +1,21 @@
+"""What a request costs, without running it: FLOPs, bytes, launches, memory, and the time they bound.
+
+`add_costs` gives records their columns; `CostModel` answers for single shapes;
+`vlm_latency.costs.prediction` predicts latency from them.
+"""
+
+from vlm_latency.costs.hardware import Hardware, hardware, hardware_table, known_device
+from vlm_latency.costs.model import CostModel
+from vlm_latency.costs.shapes import PARTS, RequestShape
+from vlm_latency.costs.table import add_costs
+
+__all__ = [
+    "PARTS",
+    "CostModel",
+    "Hardware",
+    "RequestShape",
+    "add_costs",
+    "hardware",
+    "hardware_table",
+    "known_device",
+]

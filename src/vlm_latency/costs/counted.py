@@ -1,0 +1,276 @@
+"""FLOPs as PyTorch counts them: the real model's modules run on the meta device.
+
+`torch.utils.flop_counter.FlopCounterMode` sees every matrix product, convolution and attention.
+Left alone it cannot do it here: on a CPU it misses scaled-dot-product attention; on the meta
+device several vision encoders fail, because grids, window limits and masks have values that the
+code looks at; `grouped_mm` has no formula; ``generate()`` does not run. So
+
+- `ShapesOnly` computes tensors that came from values (grids, positions, masks) on the CPU, and
+  everything that a weight has touched on the meta device, shapes only. Attention decomposes into
+  its two products there and is counted in full;
+- experts are run as `batched_mm`, the same products that `grouped_mm` makes, token by token;
+- components are run one by one: the vision part as ``get_image_features``, the decoder and the
+  head on embeddings with a cache of the length in question.
+
+Lengths are many, so prefill is counted at four: three determine the quadratic, which the fourth
+must confirm, and likewise a decode step at three cache lengths on either side of a sliding
+window. A length that does not confirm is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Values on the CPU, shapes on the meta device, whichever device the code asks for.
+
+    `launches` counts the operations that would start a kernel: all but views.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.fused = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not (self.fused or func.is_view):
+            self.launches += 1
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta" if on_meta else "cpu")}
+        if on_meta and not all(tensor.is_meta for tensor in tensors):
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Counts scaled-dot-product attention as one launch, though meta runs it step by step."""
+
+    def __init__(self, shapes: ShapesOnly) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.shapes.launches += 1
+        self.shapes.fused += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.shapes.fused -= 1
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one forward costs."""
+
+    flops: int = 0
+    launches: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.flops + other.flops, self.launches + other.launches)
+
+    def __sub__(self, other: Count) -> Count:
+        return Count(self.flops - other.flops, self.launches - other.launches)
+
+
+class Counter:
+    """Counts the parts of one model; remembers what it has counted.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model on the meta device.
+    components : Components
+        Which module is the vision encoder, the projector, the language model and the head.
+    window : int, optional
+        Keys that a sliding layer sees, where the decoder has such layers.
+    """
+
+    def __init__(self, model: Any, components: Any, window: int | None = None) -> None:
+        self.model = model
+        self.modules = components.resolve(model)
+        # Projectors that run inside the encoder; of a list of modules, its items are what is called.
+        items = [
+            item
+            for module in self.modules.projector
+            for item in (module if isinstance(module, nn.ModuleList) else [module])
+        ]
+        inside = {id(module) for module in self.modules.vision_encoder.modules()}
+        self.mergers = [item for item in items if id(item) in inside]
+        self.text_config = model.config.get_text_config()
+        self.window = window
+        self._steps: dict[int, Count] = {}
+        self._prefills: dict[int, Count] = {}
+
+    def vision(self, inputs: dict[str, torch.Tensor]) -> tuple[Count, Count]:
+        """Run ``get_image_features`` on `inputs`: the encoder, and the rest (the projector)."""
+        wanted = inspect.signature(self.model.get_image_features).parameters
+        arguments = {
+            # Where only a shape is given, ones: no code takes them for an empty crop or padding.
+            name: torch.ones((), dtype=value.dtype).expand(value.shape) if value.is_meta else value
+            for name, value in inputs.items()
+            if name in wanted
+        }
+        with _counting() as read:
+            with _spent(self.modules.vision_encoder, read) as encoder, ExitStack() as stack:
+                nested = [stack.enter_context(_spent(module, read)) for module in self.mergers]
+                self.model.get_image_features(**arguments)
+            whole = read()
+        mergers = [count for counts in nested for count in counts]
+        vision = sum(encoder, Count()) - sum(mergers, Count())
+        return vision, whole - vision
+
+    def prefill(self, tokens: int) -> Count:
+        """Run decoder and head on a prompt; the head on its last position only."""
+        if tokens not in self._prefills:
+            self._prefills[tokens] = self._decode(tokens, 0)
+        return self._prefills[tokens]
+
+    def step(self, cached: int) -> Count:
+        """Run one decode step after `cached` tokens."""
+        if cached not in self._steps:
+            self._steps[cached] = self._decode(1, cached)
+        return self._steps[cached]
+
+    def _decode(self, tokens: int, cached: int) -> Count:
+        config, dtype = self.text_config, self.model.dtype
+        cache = DynamicCache(config=config)
+        embeddings = torch.empty(1, tokens, config.hidden_size, device="meta", dtype=dtype)
+        if cached:
+            head_dim = getattr(config, "head_dim", None)
+            head_dim = head_dim or config.hidden_size // config.num_attention_heads
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            past = torch.empty(1, heads, cached, head_dim, device="meta", dtype=dtype)
+            for layer in range(config.num_hidden_layers):
+                cache.update(past, past, layer)
+        with _batched_experts(self.modules.language_model), _counting() as read:
+            states = self.modules.language_model(
+                inputs_embeds=embeddings, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            self.modules.head(states[:, -1:])
+            return read()
+
+    def prefill_flops(self, lengths: Iterable[int]) -> dict[int, int]:
+        """FLOPs of prefill at each prompt length."""
+        lengths = sorted(set(lengths))
+        curve = _polynomial(lambda n: self.prefill(n).flops, 2, lengths, start=2)
+        return {tokens: curve(tokens) for tokens in lengths}
+
+    def decode_flops(self, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """FLOPs of all decode forwards, for each (prompt length, number of decode forwards)."""
+        pairs = sorted(set(pairs))
+        longest = max((prompt + steps for prompt, steps in pairs), default=0)
+        seen: list[range] = [range(1, longest + 1)]  # keys seen by a step, itself included
+        if self.window and self.window < longest:
+            seen = [range(1, self.window + 1), range(self.window + 1, longest + 1)]
+        curves = [
+            _polynomial(lambda n: self.step(n - 1).flops, 1, keys, start=max(keys.start, 2))
+            for keys in seen
+        ]
+        sums = {}
+        for prompt, steps in pairs:
+            flops = 0
+            for keys, curve in zip(seen, curves, strict=True):
+                first = max(prompt + 1, keys.start)
+                last = min(prompt + steps, keys.stop - 1)
+                if first <= last:
+                    # The sum of a line is its middle times the number of points.
+                    flops += (curve(first) + curve(last)) * (last - first + 1) // 2
+            sums[prompt, steps] = flops
+        return sums
+
+
+def _polynomial(
+    count: Callable[[int], int], degree: int, wanted: Sequence[int], start: int
+) -> Callable[[int], int]:
+    """The polynomial through counts at start, start + 1, …, confirmed at the longest wanted.
+
+    Newton's forward differences keep it in whole numbers.
+    """
+    if not wanted:
+        return lambda n: 0
+    values = [count(start + i) for i in range(degree + 1)]
+    differences = []
+    while values:
+        differences.append(values[0])
+        values = [after - before for before, after in pairwise(values)]
+
+    def curve(n: int) -> int:
+        steps = n - start  # negative below the start, where the formula holds as well
+        falling = (math.prod(steps - j for j in range(i)) for i in range(degree + 1))
+        return sum(
+            f * difference // math.factorial(i)
+            for i, (f, difference) in enumerate(zip(falling, differences, strict=True))
+        )
+
+    longest = max(wanted)
+    if curve(longest) != count(longest):
+        raise AssertionError(
+            f"counted FLOPs are no polynomial of degree {degree} in the length: "
+            f"{count(longest)} at {longest}, expected {curve(longest)}"
+        )
+    return curve
+
+
+@contextmanager
+def _counting() -> Iterator[Callable[[], Count]]:
+    """Run on shapes only; gives a function that reads the count so far."""
+    shapes = ShapesOnly()
+    with (
+        torch.no_grad(),
+        shapes,
+        FusedAttention(shapes),
+        FlopCounterMode(display=False) as flops,
+    ):
+        yield lambda: Count(flops.get_total_flops(), shapes.launches)
+
+
+@contextmanager
+def _spent(module: nn.Module, read: Callable[[], Count]) -> Iterator[list[Count]]:
+    """What each call of `module` costs."""
+    calls: list[Count] = []
+    begun: list[Count] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: begun.append(read())),
+        module.register_forward_hook(lambda *_: calls.append(read() - begun.pop())),
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _batched_experts(decoder: Any) -> Iterator[None]:
+    """Run mixtures of experts as batched products, which the counter knows."""
+    config = decoder.config
+    before = config._experts_implementation
+    config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
