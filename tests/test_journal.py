@@ -19,7 +19,13 @@ CONDITIONS = {"model": "null"}
 
 
 def row(request: int, run: int = 0, **further: Any) -> dict[str, Any]:
-    return {"request_id": f"r{request}", "run_index": run, "status": "ok", "T_total": 1.5, **further}
+    return {
+        "request_id": f"r{request}",
+        "run_index": run,
+        "status": "ok",
+        "T_total": 1.5,
+        **further,
+    }
 
 
 def write(folder: Path, *rows: dict[str, Any], mark: str = "aa") -> None:
@@ -55,7 +61,9 @@ def test_a_file_cut_anywhere_loses_only_the_torn_line(
     kept = max(0, whole[: min(cut, len(whole))].count(b"\n") - 1)  # the header is no run
     assert len(Journal(folder).read("aa")) == kept
     write(folder, row(9))
-    assert list(Journal(folder).read("aa")["request_id"]) == [f"r{n + 1}" for n in range(kept)] + ["r9"]
+    assert list(Journal(folder).read("aa")["request_id"]) == [f"r{n + 1}" for n in range(kept)] + [
+        "r9"
+    ]
 
 
 def test_a_tail_of_zeros_is_cut(tmp_path: Path) -> None:
@@ -87,6 +95,11 @@ def test_a_run_tried_again_counts_once_by_its_last_try(tmp_path: Path) -> None:
     write(tmp_path, row(1, status="failed"), row(1))
     table = Journal(tmp_path).read("aa")
     assert list(table["status"]) == ["ok"]
+
+
+def test_a_request_that_asks_for_something_else_is_another_one(tmp_path: Path) -> None:
+    write(tmp_path, row(1), row(1, request_sha256="c1"))
+    assert len(Journal(tmp_path).read("aa")) == 2
 
 
 def test_what_a_command_says_at_its_end_is_no_run(tmp_path: Path) -> None:

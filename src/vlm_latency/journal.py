@@ -21,6 +21,9 @@ import pandas as pd
 from vlm_latency.errors import MeasurementError
 from vlm_latency.records import MEASURED_COLUMNS, SCHEMA_VERSION, typed
 
+# What tells runs apart: a request that asks for something else is another one, whatever its id.
+RUN = ["request_id", "request_sha256", "run_index"]
+
 _ROWS_PER_FRAME = 8192  # rows parsed before they are packed into typed columns
 _SESSION = "session"  # the key of a line that is not a run
 _SESSION_LINE = b'{"session"'
@@ -58,7 +61,7 @@ class Journal:
         Returns
         -------
         DataFrame
-            Columns ``records.MEASURED_COLUMNS``; one row per ``(request_id, run_index)``.
+            Columns ``records.MEASURED_COLUMNS``; one row per ``RUN``.
 
         Raises
         ------
@@ -71,7 +74,7 @@ class Journal:
         if not frames:
             return typed(pd.DataFrame(), MEASURED_COLUMNS)
         table = pd.concat(frames, ignore_index=True)
-        return table.drop_duplicates(["request_id", "run_index"], keep="last", ignore_index=True)
+        return table.drop_duplicates(RUN, keep="last", ignore_index=True)
 
     def sessions(self, fingerprint: str) -> list[dict[str, Any]]:
         """Read what each command that measured here said at its end: warm-up, wall time."""

@@ -301,7 +301,7 @@ class Options(Group):
         Parameters
         ----------
         name
-            ``exp1`` … ``exp5``.
+            ``exp1`` … ``exp5``; a study beside them (``calibration``) has the shared options.
         weights
             ``pretrained`` or ``random``, as ``model.weights=auto`` came out: a model with random
             weights never says where its answer ends, so its default output length is ``answer``.
@@ -311,7 +311,10 @@ class Options(Group):
         sampling = getattr(own, "sampling", SamplingOptions())
         measurement = _settle(
             {**self.measurement.model_dump(), **getattr(own, "measurement", {})},
-            {**preset["measurement"], "output_length": _default_length(name, self.protocol, weights)},
+            {
+                **preset["measurement"],
+                "output_length": _default_length(name, self.protocol, weights),
+            },
         )
         if measurement["use_hook_for_llm_prefill"]:
             asked = {**self.measurement.model_dump(), **getattr(own, "measurement", {})}["method"]
@@ -331,7 +334,9 @@ class Options(Group):
                 "prompt": self.prompt.model_dump(),
                 "sampling": _settle(sampling.model_dump(), preset["sampling"]),
                 "measurement": measurement,
-                "flops": _settle({**self.flops.model_dump(), **own.flops}, preset["flops"]),
+                "flops": _settle(
+                    {**self.flops.model_dump(), **getattr(own, "flops", {})}, preset["flops"]
+                ),
                 "figures": _settle(self.figures.model_dump(), preset["figures"]),
             }
         )

@@ -56,7 +56,7 @@ def check(
     if model is not None and questions is not None:
         attempt(_named, options)
     attempt(_writable, root)
-    for name, dataset in earlier.items():
+    for dataset in earlier.values():
         if not dataset.exists():
             attempt(dataset.load)
     if problems:
@@ -100,10 +100,8 @@ def _writable(root: Path) -> None:
 
 def _ready(handle: Any) -> bool:
     """Check name, device and memory, without loading the weights."""
-    from vlm_latency.models import check_fits, resolve_device
-
-    resolve_device(handle.options)
-    check_fits(handle.architecture, handle.options)
+    _ = handle.device
+    handle.check_fits()
     return True
 
 
@@ -131,7 +129,8 @@ def _line(options: ExperimentOptions, handle: Any) -> str:
     length = f", output length {measurement.output_length}" if options.experiment < "exp3" else ""
     return (
         f"{options.experiment}: {what} × {measurement.num_runs} runs on {handle.architecture.name} "
-        f"({handle.weights} weights), method {measurement.method}{length}"
+        f"({handle.weights} weights, {handle.device}, {handle.dtype}), "
+        f"method {measurement.method}{length}"
     )
 
 

@@ -6,6 +6,7 @@ grows from, so that its users find every number again.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pandas as pd
@@ -40,11 +41,23 @@ REQUEST_COLUMNS: dict[str, str] = {
     "pair": "string",  # requests with equal crops and different tokens share a name
     "output_length": "string",  # natural | answer | none | a number
     "seed": "Int64",
+    "request_sha256": "string",  # of what is asked: image, texts, rule of the output's length
 }
+
+# What makes two requests of one id the same request.
+_CONTENT = (
+    "question",
+    "answer",
+    "image_path",
+    "image_sha256",
+    "image_recipe",
+    "output_length",
+)
 
 IDENTITY_COLUMNS: dict[str, str] = {
     "experiment": "string",
     "request_id": "string",
+    "request_sha256": "string",
     "question_id": "Int64",
     "image_id": "Int64",
     "run_index": "Int64",
@@ -128,6 +141,14 @@ MEASURED_COLUMNS: dict[str, str] = {
     **NOISE_COLUMNS,
     **MEMORY_COLUMNS,
 }
+
+
+def with_hashes(requests: pd.DataFrame) -> pd.DataFrame:
+    """Give each request the hash of its content, by which the journal knows it again."""
+    content = requests[list(_CONTENT)].astype("string").fillna("\0")
+    lines = content.agg("\x1f".join, axis=1) if len(content) else pd.Series([], dtype="string")
+    hashes = [hashlib.sha256(line.encode()).hexdigest()[:16] for line in lines]
+    return typed(requests.assign(request_sha256=hashes), REQUEST_COLUMNS)
 
 
 def typed(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from kedro.io import AbstractDataset
 
 from vlm_latency.datasets.atomic import read_json
 from vlm_latency.errors import DataError
+from vlm_latency.models.zoo import NULL
 from vlm_latency.options import DatasetOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -41,6 +42,28 @@ class Model:
         from vlm_latency.models import describe
 
         return describe(self.options)
+
+    @cached_property
+    def device(self) -> str:
+        """Where it runs: ``cpu``, ``cuda:0``; a device that is not there is an error."""
+        from vlm_latency.models import resolve_device
+
+        return resolve_device(self.options)
+
+    @cached_property
+    def dtype(self) -> str:
+        """What it computes in: ``float32``, ``bfloat16`` or ``float16``."""
+        from vlm_latency.models import dtype_name
+
+        return dtype_name(self.options)
+
+    def check_fits(self) -> None:
+        """Refuse a model that the device's free memory does not hold."""
+        if self.options.name == NULL:
+            return
+        from vlm_latency.models.loading import check_fits
+
+        check_fits(self.architecture, self.options)
 
     @cached_property
     def vlm(self) -> VLM:

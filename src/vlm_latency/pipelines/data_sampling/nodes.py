@@ -10,7 +10,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.records import REQUEST_COLUMNS, typed
+from vlm_latency.records import REQUEST_COLUMNS, typed, with_hashes
 
 if TYPE_CHECKING:
     from vlm_latency.datasets.inputs import Model
@@ -20,23 +20,20 @@ if TYPE_CHECKING:
 def draw_requests(
     options: ExperimentOptions, questions: QuestionSource, model: Model
 ) -> pd.DataFrame:
-    """Draw the requests of one experiment.
-
-    Parameters
-    ----------
-    options
-        The experiment's effective options.
-    questions
-        The dataset (exp3's images are made by recipe and need none).
-    model
-        Only its tiling matters here: exp3 asks for grids where the model has them, and for a
-        ladder of vision-token counts where it has not.
+    """Draw the requests of one experiment, or read a table of them made before.
 
     Returns
     -------
     DataFrame
         Columns ``records.REQUEST_COLUMNS``, one row per request.
     """
+    return with_hashes(_draw(options, questions, model))
+
+
+def _draw(
+    options: ExperimentOptions, questions: QuestionSource, model: Model
+) -> pd.DataFrame:
+    """Draw them; of the model only its tiling matters: exp3 asks for grids where there are any."""
     from vlm_latency import vqa
 
     sampling = options.sampling
@@ -103,13 +100,12 @@ def _sampling(options: ExperimentOptions) -> Sampling:
 
 def _vision_sweep(options: ExperimentOptions, model: Model) -> pd.DataFrame:
     from vlm_latency import vqa
-    from vlm_latency.molmo.tiling import image_size_for_tiling
 
     sampling = options.sampling
     largest = sampling.max_grid_size or 12
     if sampling.sizes:
         return vqa.sweep_sizes_requests([_size(text) for text in sampling.sizes], sampling.seed)
-    if model.architecture.image_tokens(*image_size_for_tiling(1, 2)).tiling_cols != 2:
+    if model.architecture.tiling is None:
         ladder = model.architecture.image_sizes_for_ladder(largest)
         return vqa.sweep_sizes_requests(ladder, sampling.seed)
     return vqa.sweep_vision_requests(

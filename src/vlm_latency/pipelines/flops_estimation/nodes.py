@@ -32,7 +32,6 @@ def estimate(
         The same rows with ``flops_*``, ``bytes_*`` and ``roofline_ms_*`` columns.
     """
     from vlm_latency.costs import add_costs
-    from vlm_latency.models import dtype_name
 
     return add_costs(
         measurements,
@@ -40,5 +39,5 @@ def estimate(
         estimator=str(options.flops.estimator),
         counted=options.flops.counted,
         hardware=ceilings or None,
-        dtype=dtype_name(model.options),
+        dtype=model.dtype,
     )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import MeasurementError
+from vlm_latency.journal import RUN
 from vlm_latency.options import ExperimentOptions
+from vlm_latency.records import MEASURED_COLUMNS, typed
 
 if TYPE_CHECKING:
     from vlm_latency.datasets.inputs import Model
@@ -79,9 +81,10 @@ def measure(
             _difference(journal.conditions(other), environment["conditions"]),
         )
     finished = journal.read(mark)
-    done = set(_keys(finished[finished["status"] == "ok"]))
-    planned = set(_keys(plan(requests, options.measurement)))
-    missing = len(planned - done)
+    planned = _planned(requests, plan(requests, options.measurement))
+    held = planned.merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
+    done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
+    missing = len(planned) - len(held)
     if not missing:
         log.info(
             "%s: all %d runs were measured before; reporting again without measuring "
@@ -91,7 +94,9 @@ def measure(
         )
         return
     if len(planned) > missing:
-        log.info("%s: continuing, %d of %d runs are done", name, len(planned) - missing, len(planned))
+        log.info(
+            "%s: continuing, %d of %d runs are done", name, len(planned) - missing, len(planned)
+        )
     session = SessionLog()
     for rows in measure(
         model.vlm,
@@ -130,9 +135,8 @@ def collect(
     """
     from vlm_latency.instrument.protocol import plan
 
-    planned = plan(requests, options.measurement)[["request_id", "run_index"]]
-    table = journal.read(environment["fingerprint"])
-    runs = table.merge(planned, on=["request_id", "run_index"], how="inner")
+    planned = _planned(requests, plan(requests, options.measurement))
+    runs = journal.read(environment["fingerprint"]).merge(planned, on=RUN)
     runs = runs.sort_values("order_index", kind="stable", ignore_index=True)
     missing = len(planned) - len(runs)
     name = options.experiment
@@ -158,8 +162,12 @@ def collect(
     return runs, coverage
 
 
-def _keys(table: pd.DataFrame) -> list[tuple[str, int]]:
-    return list(zip(table["request_id"], table["run_index"].astype(int), strict=True))
+def _planned(requests: pd.DataFrame, order: pd.DataFrame) -> pd.DataFrame:
+    """Name the planned runs as the journal does."""
+    runs = order[["request_id", "run_index"]].merge(
+        requests[["request_id", "request_sha256"]], on="request_id"
+    )
+    return typed(runs[RUN], {name: MEASURED_COLUMNS[name] for name in RUN})
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

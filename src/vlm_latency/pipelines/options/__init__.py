@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from vlm_latency.datasets.inputs import Model
 
 
-def settle_options(experiment: str, parameters: dict[str, Any], model: "Model") -> ExperimentOptions:
+def settle_options(
+    experiment: str, parameters: dict[str, Any], model: "Model"
+) -> ExperimentOptions:
     """Settle what the protocol, the shared groups and the experiment's overrides leave open."""
     return Options.from_parameters(parameters).experiment(experiment, model.weights)
 

@@ -1,0 +1,111 @@
+"""Every wrong parameter is named by its path; presets and overrides settle in the right order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vlm_latency.errors import UserError
+from vlm_latency.options import EXPERIMENTS, Options
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"exp1": {"measurment": {}}},
+            "unknown parameter 'exp1.measurment'; did you mean 'exp1.measurement'?",
+        ),
+        ({"modle": {}}, "unknown parameter 'modle'; did you mean 'model'?"),
+        (
+            {"exp1": {"measurement": {"num_run": 3}}},
+            "unknown parameter 'exp1.measurement.num_run'; did you mean 'exp1.measurement.num_runs'?",
+        ),
+        (
+            {"exp2": {"sampling": {"zzz": 3}}},
+            "unknown parameter 'exp2.sampling.zzz'; known there: ",
+        ),
+        ({"model": {"device": 3}}, "parameter 'model.device': found 3: "),
+        (
+            {"exp3": {"measurement": {"num_runs": 0}}},
+            "parameter 'exp3.measurement.num_runs': found 0: ",
+        ),
+        ({"prompt": {"template": "vqa2:"}}, "template 'vqa2:' has no {question} in it"),
+        (
+            {"measurement": {"output_length": "long"}},
+            "expected natural, answer, none or a positive number",
+        ),
+        (
+            {
+                "measurement": {"method": "hook", "use_hook_for_llm_prefill": False},
+                "exp3": {"measurement": {"method": "timeline", "use_hook_for_llm_prefill": True}},
+            },
+            "another name for method=hook",
+        ),
+    ],
+)
+def test_a_wrong_parameter_is_named(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Options.from_parameters(parameters)
+    assert message in str(error.value)
+
+
+def test_all_errors_are_told_at_once() -> None:
+    wrong = {"model": {"devise": "cpu"}, "exp4": {"sampling": {"num_samples": "many"}}}
+    with pytest.raises(UserError) as error:
+        Options.from_parameters(wrong)
+    assert "model.devise" in str(error.value)
+    assert "exp4.sampling.num_samples" in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["8 16 32", "8,16,32", [8, 16, 32], (8, 16, 32)])
+def test_lists_are_taken_as_words(given: Any) -> None:
+    options = Options.from_parameters({"exp4": {"sampling": {"max_new_tokens_list": given}}})
+    assert options.exp4.sampling.max_new_tokens_list == (8, 16, 32)
+
+
+def test_an_experiment_overrides_the_shared_group_and_that_the_protocol() -> None:
+    options = Options.from_parameters(
+        {
+            "protocol": "seed",
+            "measurement": {"num_runs": 3, "order": "blocks"},
+            "exp3": {"measurement": {"num_runs": 10}},
+        }
+    )
+    exp3, exp1 = options.experiment("exp3"), options.experiment("exp1")
+    assert (exp3.measurement.num_runs, exp1.measurement.num_runs) == (10, 3)
+    assert exp3.measurement.order == "blocks"  # said by the user
+    assert exp3.measurement.method == "subtraction"  # left to the protocol
+    assert exp1.measurement.output_length == "none"
+    assert exp1.sampling.order == "first"
+    assert exp3.flops.estimator == "parameter_rule"
+
+
+def test_nothing_is_left_undecided() -> None:
+    for protocol in ("exact", "seed"):
+        options = Options.from_parameters({"protocol": protocol})
+        for name in EXPERIMENTS:
+            settled = options.experiment(name)
+            assert settled.measurement.method
+            assert settled.measurement.order
+            assert settled.measurement.warmup
+            assert settled.measurement.output_length
+            assert settled.sampling.order
+            assert settled.sampling.equal_crop_pairs is not None
+            assert settled.flops.estimator
+            assert settled.figures.vision_axis
+
+
+def test_random_weights_write_answers_of_the_true_length() -> None:
+    options = Options.from_parameters({})
+    assert options.experiment("exp1", "random").measurement.output_length == "answer"
+    assert options.experiment("exp1", "pretrained").measurement.output_length == "natural"
+    assert options.experiment("exp3", "pretrained").measurement.output_length == "none"
+
+
+def test_the_hook_flag_of_the_seed_selects_the_method() -> None:
+    given = {"exp3": {"measurement": {"use_hook_for_llm_prefill": True}}}
+    assert Options.from_parameters(given).experiment("exp3").measurement.method == "hook"
+    both = {"exp3": {"measurement": {"use_hook_for_llm_prefill": True, "method": "hook"}}}
+    assert Options.from_parameters(both).experiment("exp3").measurement.method == "hook"
