@@ -181,6 +181,8 @@ def test_patches_are_never_matched_with_tokens() -> None:
     found = compare_tables(seed, table())
     assert found.matched_by == ("num_crops", "num_output_tokens")
     assert "counts patches" in found.notes[0]
+    without_crops = seed.drop(columns="num_crops")
+    assert "num_vision_tokens" in compare_tables(without_crops, without_crops).matched_by
     both = compare_tables(seed, seed)
     assert "num_vision_tokens" in both.matched_by
 

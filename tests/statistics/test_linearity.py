@@ -82,3 +82,10 @@ def test_one_crop_count_has_no_stairs() -> None:
     found = staircase([1.0, 2, 3, 4], [1.0, 2, 3, 4], [1, 1, 1, 1])
     assert found.verdict == "undecided"
     assert found.break_points == ()
+
+
+def test_jumps_between_single_and_between_flat_steps() -> None:
+    single = staircase([1.0, 2, 3], [5.0, 6, 8], [1, 2, 3]).break_points[1].jump
+    assert (single.value, single.low) == (2.0, None)
+    flat = staircase(TOKENS, 40.0 * CROPS, CROPS).break_points[0].jump
+    assert (flat.low, flat.high) == (40, 40)

@@ -110,3 +110,33 @@ def test_columns_must_be_there_and_measured() -> None:
         df = runs(1, 1.0)
         df.loc[3, "T_total"] = np.nan
         variance_budget(df)
+
+
+def test_shares_are_covered_for_strong_and_for_idle_factors() -> None:
+    hits = np.zeros(2)
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        image = np.repeat(np.arange(60), 3)
+        df = pd.DataFrame(
+            {
+                "image_id": image,
+                "num_crops": rng.choice([1, 5, 9, 13], 60)[image],
+                "text": rng.integers(10, 60, 180),
+            }
+        )
+        df["T_total"] = 100 + df["num_crops"] + rng.normal(0, np.sqrt(20), 180)
+        shares = variance_budget(
+            df, factors={"tiling": "num_crops", "text": "text"}, resamples=100
+        ).shares
+        hits += [
+            shares["tiling"].low <= 0.5 <= shares["tiling"].high,
+            shares["text"].low <= 0 <= shares["text"].high,
+        ]
+    assert (hits / 60 >= 0.88).all()
+
+
+def test_ties_at_the_top_leave_no_tail() -> None:
+    df = runs(1, 0.0).assign(T_total=lambda d: 100.0 + (d["num_crops"] > 1))
+    budget = variance_budget(df)
+    assert budget.tail_content.note == "nothing lies above P95"
+    assert budget.verdict == "undecided"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -30,8 +29,6 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in shown}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Enum):
-        return value.value
     if isinstance(value, (list, tuple, np.ndarray)):
         return [plain(item) for item in value]
     if isinstance(value, np.generic):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import scipy
 
 from vlm_latency.errors import DataError
 from vlm_latency.statistics.bootstrap import bootstrap_ratio
@@ -76,7 +77,7 @@ def variance_budget(
         Columns that say which runs are one request, and which requests share an image; where a
         column is absent every row is its own.
     level, resamples, seed
-        Of the intervals: percentile bootstrap over images.
+        Of the intervals: value ± normal quantile × standard error of a bootstrap over images.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def variance_budget(
     }
     names = list(factors)
     scale = max(float(np.abs(y - y.mean()).max()), float(np.sqrt(deviation.max())))
-    method = "Shapley values of R², adjusted; percentile bootstrap over images"
+    method = "Shapley values of R², adjusted; bootstrap standard error over images"
     parameters = 1 + sum(block.shape[1] for block in blocks.values())
     flat = scale <= ROUNDING * float(np.abs(y).max())
     if flat or n < parameters + SPARE_REQUESTS:
@@ -258,12 +259,13 @@ def _estimate(value: float, drawn: Floats | None, level: float, n: int, method: 
     if math.isnan(value):
         note = "no request was repeated: noise is part of what is unexplained"
         return Estimate(None, None, None, level, n, "none", note)
-    finite = drawn[np.isfinite(drawn)] if drawn is not None else np.empty(0)
-    if not finite.size:
+    if drawn is None:
         note = "an interval needs at least 2 images"
         return Estimate(value, None, None, level, n, "none", note)
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high), level, n, method)
+    # Not the quantiles of the resamples: drawing twice inflates R², so those of idle factors
+    # lie above the share itself (they hold it in 73 % of simulations in place of 95 %).
+    half = float(scipy.stats.norm.ppf((1 + level) / 2) * np.nanstd(drawn, ddof=1))
+    return Estimate(value, value - half, value + half, level, n, method)
 
 
 def _verdict(
