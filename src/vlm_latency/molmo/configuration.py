@@ -38,7 +38,7 @@ def _text_config_from_hub(keys: Mapping[str, Any]) -> dict[str, Any]:
     # The hub counts both branches of the gated MLP; E's key for it is a ratio to the width.
     fused = _first(keys, "intermediate_size", "mlp_hidden_size") or keys["mlp_ratio"] * hidden_size
     text = {
-        "vocab_size": keys["embedding_size"] + keys.get("additional_vocab_size", 128),
+        "vocab_size": keys["embedding_size"] + keys["additional_vocab_size"],
         "hidden_size": hidden_size,
         "intermediate_size": fused // 2,
         "num_hidden_layers": _first(keys, "num_hidden_layers", "n_layers"),
@@ -75,10 +75,9 @@ def _from_hub(keys: Mapping[str, Any]) -> dict[str, Any]:
         vision["image_size"] = backbone["image_default_input_size"][0]
     first_special = keys["vocab_size"]
     end_of_text = _END_OF_TEXT.get(keys["vocab_size"])
-    fields = {
+    return {
         "text_config": _text_config_from_hub(keys),
         "vision_config": vision,
-        "additional_vocab_size": keys.get("additional_vocab_size", 128),
         "image_start_token_id": first_special,
         "image_end_token_id": first_special + 1,
         "image_token_id": first_special + 2,
@@ -86,9 +85,6 @@ def _from_hub(keys: Mapping[str, Any]) -> dict[str, Any]:
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
     }
-    if "vit_layers" in keys:
-        fields["vision_feature_layers"] = keys["vit_layers"]
-    return fields
 
 
 class MolmoConfig(PreTrainedConfig):
@@ -145,8 +141,11 @@ class MolmoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if "embedding_size" in kwargs:
+            kwargs["additional_vocab_size"] = self.additional_vocab_size
             for name, value in _from_hub(kwargs).items():
-                setattr(self, name, value)
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+            self.vision_feature_layers = kwargs.get("vit_layers", self.vision_feature_layers)
             kept = ("architectures", "dtype", "torch_dtype", "name_or_path", "attn_implementation")
             kwargs = {name: kwargs[name] for name in kept if name in kwargs}
         if self.vision_config is None or isinstance(self.vision_config, dict):

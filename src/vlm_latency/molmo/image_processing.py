@@ -55,6 +55,11 @@ class MolmoImageProcessor(BaseImageProcessor):
         self.image_patch_size = image_patch_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        if tiling.window_size(**self.geometry) <= 0:
+            raise UserError(
+                f"Margins of {sum(overlap_margins)} patches leave nothing of a crop of "
+                f"{base_image_input_size[0] // image_patch_size} patches."
+            )
 
     @property
     def geometry(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers.models.clip.modeling_clip import (
     CLIPEncoderLayer,
     eager_attention_forward,
 )
+from transformers.utils.generic import can_return_tuple
 
 from vlm_latency.errors import UserError
 from vlm_latency.molmo import checkpoint
@@ -299,6 +300,7 @@ class MolmoModel(MolmoPreTrainedModel):
             pooler_output=projected.unflatten(0, shape),
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -380,6 +382,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         """See `MolmoModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_masks, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -437,7 +440,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:  # type: ignore[misc]
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise UserError(
@@ -445,4 +448,4 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
                 "where the next token would follow the padding: pad it on the left and shift "
                 "image_input_idx by the padding, or generate row by row."
             )
-        super()._validate_model_kwargs(model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]

@@ -27,7 +27,7 @@ class MolmoProcessor(ProcessorMixin):
         Ids that need not be in the tokenizer.
     """
 
-    def __init__(  # noqa: PLR0917 (ProcessorMixin sees positional arguments only)
+    def __init__(
         self,
         image_processor: MolmoImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
