@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from vlm_latency.models.loading import VLM
     from vlm_latency.options import ModelOptions
 
-__all__ = ["describe", "known_models", "load", "weights_kind"]
+__all__ = [
+    "describe",
+    "dtype_name",
+    "known_models",
+    "load",
+    "resolve_device",
+    "weights_kind",
+]
 
 
 def load(options: ModelOptions) -> VLM | NullVLM:
@@ -34,6 +41,25 @@ def describe(options: ModelOptions) -> Architecture | NullArchitecture:
     from vlm_latency.models import architecture
 
     return architecture.describe(options)
+
+
+def resolve_device(options: ModelOptions) -> str:
+    """Where the model runs: ``cpu``, ``cuda:0``; a device that is not there is a `ModelError`."""
+    if options.name == NULL:
+        return "cpu"
+    from vlm_latency.models import loading
+
+    return str(loading.resolve_device(options))
+
+
+def dtype_name(options: ModelOptions) -> str:
+    """What the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
+    if options.name == NULL:
+        return "float32"
+    from vlm_latency.models import loading
+
+    dtype = loading.resolve_dtype(options, loading.resolve_device(options))
+    return str(dtype).removeprefix("torch.")
 
 
 def known_models(zoo_file: str | None = None) -> list[str]:

@@ -15,46 +15,54 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# With every matrix at 1/√fan-in, attention averages its whole context: all tokens drown in one
+# direction, and the model says the same word for ever. So attention is made to choose (sharper
+# scores) and to add less, and the MLP, which sees one token alone, to add more.
+_GAIN = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 0.3, "out_proj": 0.3, "down_proj": 2.0, "fc2": 2.0}
+_SHARPENED_NORMS = ("q_norm", "k_norm")
+# An embedding that is large against what the layers add would, with a tied head, repeat its input.
+_EMBEDDING_STD = 0.1
+
 
 def materialise(model: PreTrainedModel, device: torch.device, seed: int) -> PreTrainedModel:
     """Give a model on the meta device random weights on `device`, in place.
 
-    Matrices are normal with a standard deviation of 1/√fan-in, so that activations neither vanish
-    nor overflow at any depth. Embeddings are small against what the layers add: with a tied head
-    the model would otherwise repeat its input. Tied weights stay tied. The same seed on the same
-    kind of device gives the same weights.
+    Matrices are normal with a standard deviation of (about) 1/√fan-in, so that activations neither
+    vanish nor overflow at any depth. Tied weights stay tied. The same seed on the same kind of
+    device gives the same weights.
     """
     generator = torch.Generator(device).manual_seed(seed)
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
-                made[id(parameter)] = _fill(module, name, parameter, device, generator)
+                new = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                _fill(new, module, path.rpartition(".")[2], name, generator)
+                made[id(parameter)] = new
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(buffer, device=device)
     model.initialize_weights()
-    return model.requires_grad_(False)
+    return model
 
 
-@torch.no_grad()
 def _fill(
-    module: nn.Module,
-    name: str,
-    parameter: nn.Parameter,
-    device: torch.device,
-    generator: torch.Generator,
-) -> nn.Parameter:
-    if parameter.ndim < 2:
-        return nn.Parameter(torch.zeros_like(parameter, device=device))
-    new = nn.Parameter(torch.empty_like(parameter, device=device))
-    shape = parameter.shape
-    if isinstance(module, nn.Embedding) or "embed" in name:
-        std = 0.1 / shape[-1] ** 0.5
-    elif type(module).__name__.endswith("Experts"):  # (experts, out, in)
-        std = shape[-1] ** -0.5
+    new: nn.Parameter, module: nn.Module, called: str, name: str, generator: torch.Generator
+) -> None:
+    """Fill a parameter, and mark it for transformers to pass over; vectors are left to it."""
+    if called in _SHARPENED_NORMS:
+        new.fill_(2.0)
+    elif new.ndim < 2:
+        new.zero_()  # in case transformers knows no rule for it
+        return
     else:
-        std = shape[1:].numel() ** -0.5
-    new.normal_(0, std, generator=generator)
-    new._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers passes it over
-    return new
+        new.normal_(0, _std(new, module, called, name), generator=generator)
+    new._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _std(new: nn.Parameter, module: nn.Module, called: str, name: str) -> float:
+    if isinstance(module, nn.Embedding) or "embed" in name:
+        return _EMBEDDING_STD / float(getattr(module, "scalar_embed_scale", 1))
+    experts = type(module).__name__.endswith("Experts")  # (experts, out, in)
+    fan_in = new.shape[-1] if experts else new.shape[1:].numel()
+    return _GAIN.get(name if experts else called, 1.0) / float(fan_in) ** 0.5
