@@ -92,7 +92,7 @@ def open_hub(
         _fetch, groups=groups, column=str(names["image"]), root=image_cache, folder=folder
     )
     details = {"hub_id": hub_id, "revision": commit}
-    return QuestionSource(name, "hub", split, table, root, False, details, fetch)
+    return QuestionSource(name, "hub", split, table, image_cache, False, details, fetch)
 
 
 @dataclass(frozen=True)
