@@ -140,7 +140,7 @@ def exp1(n=200):
         statistics={
             "T_total": summary(table["T_total"]),
             "T_first_token": summary(table["T_first_token"]),
-            "variance": {
+            "variance_budget": {
                 "shares": {name: estimate(share, 0.15) for name, share in shares.items()},
                 "verdict": "content",
             },

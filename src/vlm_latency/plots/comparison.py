@@ -8,14 +8,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
+from vlm_latency.plots.notation import ends, interval
 from vlm_latency.plots.style import (
     LABELS,
     MUTED,
     FigureContext,
     Style,
-    ends,
     headline,
-    interval,
     nothing,
     panels,
     small,

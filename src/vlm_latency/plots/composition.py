@@ -11,18 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlm_latency.plots.notation import ends, interval, number
 from vlm_latency.plots.style import (
     COLOURS,
     LABELS,
     FigureContext,
     Style,
     column,
-    ends,
     headline,
-    interval,
     jitter,
     nothing,
-    number,
     ok_rows,
     panels,
     point_style,

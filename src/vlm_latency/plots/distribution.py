@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from vlm_latency.plots.notation import ends, interval, number
 from vlm_latency.plots.style import (
     ALARM,
     COLOURS,
@@ -19,13 +20,10 @@ from vlm_latency.plots.style import (
     FigureContext,
     Style,
     column,
-    ends,
     headline,
     headroom,
-    interval,
     jitter,
     nothing,
-    number,
     ok_rows,
     panels,
     point_style,
@@ -54,7 +52,7 @@ def latency_distribution(
         `num_output_tokens` and `status`.
     statistics : mapping
         `T_total` and, where measured, `T_first_token`: what `statistics.summary` gives as a dict
-        (`n`, `P50`, `P95`, `P99`, `tail_ratio`); `variance`, optional: what
+        (`n`, `P50`, `P95`, `P99`, `tail_ratio`); `variance_budget`, optional: what
         `statistics.variance_budget` gives as a dict (`shares`: estimates between 0 and 1 by the
         names to draw; `verdict`).
     """
@@ -78,7 +76,7 @@ def latency_distribution(
         threshold = ends(total["P99"])[0]
         _by_tiling(axes["tiling"], rows, threshold)
         _by_length(axes["length"], rows, threshold)
-        _variance(axes["variance"], statistics.get("variance"))
+        _variance(axes["variance"], statistics.get("variance_budget"))
     return figure
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlm_latency.plots.notation import ends, interval, number
 from vlm_latency.plots.style import (
     ALARM,
     COLOURS,
@@ -18,12 +19,9 @@ from vlm_latency.plots.style import (
     Style,
     column,
     draw_fit,
-    ends,
     headline,
     headroom,
-    interval,
     nothing,
-    number,
     panels,
     point_style,
     small,

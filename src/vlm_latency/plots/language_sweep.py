@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlm_latency.plots.notation import ends, interval
 from vlm_latency.plots.style import (
     COLOURS,
     LABELS,
@@ -17,10 +18,8 @@ from vlm_latency.plots.style import (
     Style,
     column,
     draw_fit,
-    ends,
     headline,
     headroom,
-    interval,
     nothing,
     ok_rows,
     panels,

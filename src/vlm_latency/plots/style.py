@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from vlm_latency.options import FigureOptions
+from vlm_latency.plots.notation import Statistic, ends
 
 # Okabe and Ito's colours (2008), told apart with every common colour vision. One per quantity.
 COLOURS = {
@@ -52,8 +53,6 @@ MUTED = "#767676"
 PAPER_WIDTH = 3.3  # inches; one column of a two-column page
 PANEL = (3.9, 3.1)  # inches, width and height of one panel
 PAPER_PANEL_HEIGHT = 1.55
-
-Statistic = Mapping[str, Any] | float | int | None
 
 
 @dataclass(frozen=True)
@@ -293,60 +292,6 @@ def nothing(axes: Axes, why: str = "not measured") -> None:
     """Say in an empty panel why it is empty."""
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_axis_off()
-
-
-def ends(statistic: Statistic) -> tuple[float, float | None, float | None]:
-    """Take a number, or a dict with `value`, `low` and `high`, apart; NaN where there is none."""
-    if isinstance(statistic, Mapping):
-        value, low, high = (statistic.get(key) for key in ("value", "low", "high"))
-    else:
-        value, low, high = statistic, None, None
-    return (
-        math.nan if value is None else float(value),
-        None if low is None or not math.isfinite(low) else float(low),
-        None if high is None or not math.isfinite(high) else float(high),
-    )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Write a number with so many significant digits, without an exponent while it is readable.
-
-    >>> number(1234.5), number(0.01234), number(7.0), number(None)
-    ('1,234', '0.0123', '7', '?')
-    """
-    if value is None or not math.isfinite(value):
-        return "?"
-    if abs(value) >= 1e7 or 0 < abs(value) < 1e-4:
-        return f"{value:.{digits - 1}e}"
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
-    """Write an estimate with its interval; the interval decides the digits.
-
-    >>> interval({"value": 12.3456, "low": 12.1, "high": 12.6}, "ms")
-    '12.35 ms [12.10, 12.60]'
-    >>> interval({"value": 540.0, "low": 496.0, "high": None}, "ms"), interval(0.5, "%", 100)
-    ('540 ms [496, ?]', '50 %')
-    """
-    value, low, high = ends(statistic)
-    unit = f" {unit}" if unit else ""
-    bounds = [scale * bound for bound in (low, high) if bound is not None]
-    if not bounds:
-        return number(scale * value) + unit
-    drawn = [*bounds, scale * value]
-    width = max(drawn) - min(drawn)
-    if width <= 1e-12 * abs(scale * value):
-        shown = number(scale * value)
-        return f"{shown}{unit} [{shown}, {shown}]"
-    decimals = min(max(0, 1 - math.floor(math.log10(width))), 6)
-
-    def written(x: float | None) -> str:
-        return "?" if x is None else f"{scale * x:,.{decimals}f}"
-
-    return f"{written(value)}{unit} [{written(low)}, {written(high)}]"
 
 
 def whiskers(statistic: Statistic, scale: float = 1.0) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlm_latency.plots.style import number
+from vlm_latency.plots.notation import number
 
 _ESCAPED = str.maketrans(
     {

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from vlm_latency.plots.notation import interval
 from vlm_latency.plots.style import (
     COLOURS,
     LABELS,
@@ -20,7 +21,6 @@ from vlm_latency.plots.style import (
     draw_fit,
     headline,
     headroom,
-    interval,
     nothing,
     ok_rows,
     panels,
