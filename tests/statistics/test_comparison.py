@@ -173,7 +173,7 @@ def test_other_requests_are_matched_by_shape() -> None:
     found = compare_tables(table(), other)
     assert found.matched_by == ("num_crops", "num_vision_tokens", "num_output_tokens")
     assert (found.n_matched, found.verdict) == (15, "SAME")
-    assert "no request_id in common: matched by shape" in found.notes
+    assert "no request in common: matched by shape" in found.notes
 
 
 def test_patches_are_never_matched_with_tokens() -> None:
@@ -191,6 +191,20 @@ def test_prefill_only_requests_match_though_output_is_null() -> None:
     before = table(num_output_tokens=None).drop(columns="request_id")
     found = compare_tables(before, before)
     assert (found.n_matched, found.verdict) == (5, "SAME")
+
+
+def test_records_with_missing_images_and_nullable_columns() -> None:
+    typed = table(request_sha256="aa").assign(image_id=None)
+    whole = ["image_id", "num_crops", "num_vision_tokens", "num_output_tokens"]
+    typed = typed.astype({"request_id": "string", **dict.fromkeys(whole, "Int64")})
+    changed = typed.assign(
+        request_sha256=typed["request_sha256"].where(typed["request_id"] != "r7", "bb")
+    )
+    found = compare_tables(typed, changed)
+    assert found.matched_by == ("request_id", "request_sha256")
+    assert (found.unmatched_baseline, found.unmatched_candidate) == (("r7",), ("r7",))
+    assert (found.n_matched, found.verdict) == (59, "SAME")
+    assert found.components["T_total"].ratio.method == "t on log ratios"
 
 
 def test_own_columns_to_match_by() -> None:

@@ -103,6 +103,12 @@ def test_one_image_has_no_interval() -> None:
     assert share.low is None
 
 
+def test_requests_without_image_are_drawn_one_by_one() -> None:
+    df = runs(2, 4.0, num_crops=3)
+    nullable = df.assign(image_id=None).astype({"num_crops": "Int64", "image_id": "Int64"})
+    assert variance_budget(nullable) == variance_budget(df)
+
+
 def test_columns_must_be_there_and_measured() -> None:
     with pytest.raises(UserError, match="no column num_crops"):
         variance_budget(runs(1, 1.0).drop(columns="num_crops"))

@@ -34,6 +34,8 @@ COMPONENTS = (
     "T_per_output_token",
     "T_preprocess",
 )
+# A request is the same work when its id and its content (a hash) are the same.
+REQUEST = ("request_id", "request_sha256")
 SHAPE = ("num_crops", "num_vision_tokens", "num_output_tokens")
 PATCHES_PER_CROP = 576
 
@@ -176,8 +178,8 @@ def compare_tables(
     margin, level : float
         As in `compare_paired`.
     match_by : sequence of str, optional
-        Columns that say what is the same work. By default `request_id` where the tables share
-        any, else the shape: `num_crops`, `num_vision_tokens`, `num_output_tokens`, as far as both
+        Columns that say what is the same work. By default `request_id` and `request_sha256`, as
+        far as both tables have them, where they share any request; else the shape: `num_crops`, `num_vision_tokens`, `num_output_tokens`, as far as both
         tables have them. Patches (crops × 576) that stand in one table in place of vision tokens
         are never matched with tokens.
 
@@ -215,14 +217,16 @@ def compare_tables(
             f"none of {len(before)} and {len(after)} requests match by {', '.join(keys)}; "
             "compare runs of the same requests or shapes"
         )
-    lost = [tuple(map(_label, own.index.difference(shared))) for own in (before, after)]
+    lost = [tuple(map(_label, own.index[~own.index.isin(shared)])) for own in (before, after)]
     before, after = before.loc[shared], after.loc[shared]
     for name in SHAPE:
         if name in before and name in after and name not in keys:
             differing = int((before[name] != after[name]).sum())
             if differing:
                 notes.append(f"{differing} of {len(shared)} matched requests differ in {name}")
-    images = before["image_id"] if "image_id" in before and "request_id" in keys else None
+    images = before.get("image_id") if "request_id" in keys else None
+    if images is not None and images.isna().all():
+        images = None
     components = {}
     for name in columns:
         if name not in before or name not in after:
@@ -324,10 +328,11 @@ def _log_ratio(
 
 
 def _keys(baseline: pd.DataFrame, candidate: pd.DataFrame, notes: list[str]) -> list[str]:
-    if "request_id" in baseline and "request_id" in candidate:
-        if baseline["request_id"].isin(candidate["request_id"]).any():
-            return ["request_id"]
-        notes.append("no request_id in common: matched by shape")
+    keys = [name for name in REQUEST if name in baseline and name in candidate]
+    if "request_id" in keys:
+        if len(baseline[keys].merge(candidate[keys], on=keys)):
+            return keys
+        notes.append("no request in common: matched by shape")
     keys = [name for name in SHAPE if name in baseline and name in candidate]
     if "num_vision_tokens" in keys and _holds_patches(baseline) != _holds_patches(candidate):
         keys.remove("num_vision_tokens")
@@ -355,4 +360,7 @@ def _per_key(df: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _label(key: object) -> str:
-    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+    """Name a request by its id, a shape by all its numbers."""
+    if not isinstance(key, tuple):
+        return str(key)
+    return key[0] if isinstance(key[0], str) else ", ".join(map(str, key))

@@ -75,7 +75,7 @@ def variance_budget(
         Factors that get a mean per level (the steps of the tile grid) rather than a slope.
     request, clusters : str
         Columns that say which runs are one request, and which requests share an image; where a
-        column is absent every row is its own.
+        column is absent (or empty) every row, or request, is its own.
     level, resamples, seed
         Of the intervals: value ± normal quantile × standard error of a bootstrap over images.
 
@@ -117,8 +117,8 @@ def variance_budget(
         )
     runs = np.column_stack([as_values(name, df[name].astype(float)) for name in columns])
     own = as_codes(df.get(request), len(df))
-    image = as_codes(df.get(clusters), len(df))
-    image = image if clusters in df else own
+    known = clusters in df and df[clusters].notna().any()
+    image = as_codes(df[clusters], len(df)) if known else own
     counts = np.bincount(own)
     means = np.column_stack([np.bincount(own, weights=column) / counts for column in runs.T])
     deviation = np.bincount(own, weights=(runs[:, 0] - means[own, 0]) ** 2)
