@@ -59,7 +59,6 @@ def test_index_and_images(tmp_path: Path) -> None:
     assert source.table["answer"].tolist() == ["yes"] * 10
     assert source.table["answers"].iloc[0] == '["no"' + ', "yes"' * 9 + "]"
     assert source.describe()["images"] == 5
-    assert source.root == images_root("hub", image_cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()  # nothing of an image is read for the index
 
     requests = draw_requests(source, Sampling(3, one_question_per_image=True), "answer", "exp1")
@@ -161,6 +160,13 @@ def test_files_that_differ(tmp_path: Path) -> None:
     (folder / "validation-00001-of-00002.parquet").write_bytes(b"PAR1 not at all PAR1")
     with pytest.raises(DataError, match=r"00001-of-00002.parquet cannot be read"):
         read(folder)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", columns())
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"image .* cannot be kept: Not a directory"):
+        draw_requests(read(folder), Sampling(2), "none", "exp1")
 
 
 def test_refused_datasets(tmp_path: Path) -> None:

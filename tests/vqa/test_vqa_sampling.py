@@ -212,7 +212,7 @@ def test_sizes_sweep() -> None:
     assert requests["request_id"].tolist() == ["exp3-336x336", "exp3-672x336"]
     assert requests["tiling_rows"].isna().all()
     assert load_image(requests.iloc[1], None).size == (672, 336)
-    for sizes in ([], [(0, 5)]):
+    for sizes in ([], [(0, 5)], [(5, 20_000)]):
         with pytest.raises(DataError, match="expected at least one width and height"):
             sweep_sizes_requests(sizes)
 

@@ -17,7 +17,7 @@ from vlm_latency.vqa.sampling import (
     sweep_sizes_requests,
     sweep_vision_requests,
 )
-from vlm_latency.vqa.source import QUESTION_COLUMNS, QuestionSource, images_root, open_source
+from vlm_latency.vqa.source import QUESTION_COLUMNS, QuestionSource, open_source
 
 __all__ = [
     "QUESTION_COLUMNS",
@@ -27,7 +27,6 @@ __all__ = [
     "decode_image",
     "draw_requests",
     "image_bytes",
-    "images_root",
     "load_image",
     "normalise_answer",
     "open_source",

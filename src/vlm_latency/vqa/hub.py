@@ -82,6 +82,8 @@ def open_hub(
     count = sum(group.rows for group in groups)
     for key in ("question_id", "image_id"):
         texts.setdefault(key, list(range(1, count + 1)))
+    if "answers" in texts and "answer" not in texts:
+        texts["answer"] = [each and majority(json.loads(each)) for each in texts["answers"]]
     if any(len(values) != count for values in texts.values()):
         raise DataError(f"hub dataset {hub_id!r}: not all of its files have the same columns")
     table = question_table(texts, hub_id)
@@ -170,27 +172,26 @@ def _read_texts(
                 f"{', '.join(present)}"
             )
     wanted = {key: str(n) for key, n in names.items() if n in present and key != "image"}
-    answers_only = "answers" in wanted and "answer" not in wanted
     for batch in parquet.iter_batches(batch_size=4096, columns=sorted(set(wanted.values()))):
         for key, column in wanted.items():
-            values = batch.column(column).to_pylist()
             try:
-                if key == "answers":
-                    lists = [_answer_list(value) for value in values]
-                    values = [each and json.dumps(each, ensure_ascii=False) for each in lists]
-                    if answers_only:
-                        texts.setdefault("answer", []).extend(map(majority, lists))
-                elif key in ("question_id", "image_id"):
-                    values = [int(value) for value in values]
-                elif not all(
-                    isinstance(v, str) or (v is None and key != "question") for v in values
-                ):
-                    raise TypeError("not a text")
+                values = [_value(key, value) for value in batch.column(column).to_pylist()]
             except (TypeError, ValueError, KeyError) as error:
                 raise DataError(
                     f"{file}: column {column!r} cannot serve as dataset.columns.{key}: {error}"
                 ) from error
             texts.setdefault(key, []).extend(values)
+
+
+def _value(key: str, value: Any) -> Any:
+    if key == "answers":
+        answers = _answer_list(value)
+        return None if answers is None else json.dumps(answers, ensure_ascii=False)
+    if key in ("question_id", "image_id"):
+        return int(value)
+    if not isinstance(value, str) and (value is not None or key == "question"):
+        raise TypeError(f"{str(value)[:50]!r} is not a text")
+    return value
 
 
 def _answer_list(value: Any) -> list[str] | None:
@@ -214,36 +215,38 @@ def _fetch(
     wanted = pd.DataFrame({"path": paths, "position": rows.index}).drop_duplicates("path")
     wanted = wanted[[not (root / path).exists() for path in wanted["path"]]]
     if len(wanted):
-        (root / folder).mkdir(parents=True, exist_ok=True)
         ends = np.cumsum([group.rows for group in groups])
         of = np.searchsorted(ends, wanted["position"].to_numpy(int), side="right")
         numbers = np.unique(of)
         _log.info("reading %d images from %d row groups", len(wanted), len(numbers))
         for number in numbers:
-            start = ends[number] - groups[number].rows
             here = wanted[of == number]
-            _keep(
-                groups[number],
-                column,
-                root,
-                dict(zip(here.position - start, here.path, strict=True)),
-            )
+            places = here["position"] - (ends[number] - groups[number].rows)
+            targets = {place: root / path for place, path in zip(places, here["path"], strict=True)}
+            _keep(groups[number], column, targets)
     return rows.assign(image_path=paths)
 
 
-def _keep(group: _RowGroup, column: str, root: Path, paths: dict[int, str]) -> None:
-    """Write the images at the given places of a row group, each whole or not at all."""
+def _keep(group: _RowGroup, column: str, targets: dict[int, Path]) -> None:
+    """Write the images at the given places of a row group to their files."""
     with _opened(group.file) as parquet:
         start = 0
         for batch in parquet.iter_batches(256, [group.index], [column]):
             for place in range(start, start + len(batch)):
-                if place not in paths:
-                    continue
-                value = batch.column(0)[place - start].as_py()
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if isinstance(data, bytes):  # else the request says that its image is missing
-                    path = root / paths[place]
-                    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-                    part.write_bytes(data)
-                    part.replace(path)
+                if place in targets:
+                    value = batch.column(0)[place - start].as_py()
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    if isinstance(data, bytes):  # else the request says that it is missing
+                        _write(targets[place], data)
             start += len(batch)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none: what is there counts as kept."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise DataError(f"image {path} cannot be kept: {error.strerror or error}") from error

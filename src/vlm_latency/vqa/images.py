@@ -28,7 +28,7 @@ from vlm_latency.errors import DataError
 # Formats that Pillow decodes by itself: EPS, for one, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _QUALITY = 90
-_MAX_RECIPE_SIDE = 16384
+MAX_SIDE = 16_384  # pixels, of an image made or resized by a recipe
 
 
 def noise_recipe(seed: int, width: int, height: int) -> str:
@@ -193,7 +193,7 @@ def _parse(recipe: str, kind: str, *keys: str) -> list[int]:
     integers = all(type(value) is int and value >= 0 for value in values)
     if parsed.get("kind") != kind or not integers or min(width, height) < 1:
         raise DataError(f"image recipe {recipe[:200]!r} is not a {kind} recipe")
-    if max(width, height) > _MAX_RECIPE_SIDE or width * height > (Image.MAX_IMAGE_PIXELS or 0):
+    if max(width, height) > MAX_SIDE or width * height > (Image.MAX_IMAGE_PIXELS or 0):
         raise DataError(f"image recipe asks for {width}×{height} pixels, more than is decoded")
     return values
 

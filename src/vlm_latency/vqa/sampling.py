@@ -17,7 +17,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.molmo.tiling import image_size_for_tiling, select_tiling
-from vlm_latency.vqa.images import at_size, image_size, noise_recipe, read_file, sha256
+from vlm_latency.vqa.images import MAX_SIDE, at_size, image_size, noise_recipe, read_file, sha256
 from vlm_latency.vqa.source import QuestionSource
 
 REQUEST_COLUMNS: dict[str, Any] = {
@@ -171,8 +171,10 @@ def sweep_vision_requests(
 def sweep_sizes_requests(sizes: Iterable[tuple[int, int]], seed: int = 0) -> pd.DataFrame:
     """One synthetic image per (width, height) in pixels: exp3 for models without tiles."""
     sizes = list(dict.fromkeys(sizes))
-    if not sizes or min(min(size) for size in sizes) < 1:
-        raise DataError(f"found sizes {sizes}; expected at least one width and height in pixels")
+    if not sizes or not all(1 <= side <= MAX_SIDE for size in sizes for side in size):
+        raise DataError(
+            f"found sizes {sizes}; expected at least one width and height of 1 to {MAX_SIDE} pixels"
+        )
     return _request_table(
         pd.DataFrame(_sweep_row(f"exp3-{w}x{h}", w, h, seed, n) for n, (w, h) in enumerate(sizes))
     )
@@ -251,7 +253,9 @@ def _sweep_row(request_id: str, width: int, height: int, seed: int, n: int) -> d
 
 def _output_length(value: str | int) -> str:
     text = str(value)
-    if text in ("natural", "answer", "none") or (text.isdecimal() and int(text) > 0):
+    if text in ("natural", "answer", "none") or (
+        text.isascii() and text.isdecimal() and int(text) > 0
+    ):
         return text
     raise DataError(
         f"output_length {value!r} is not a rule; expected natural, answer, none or a number ≥ 1"

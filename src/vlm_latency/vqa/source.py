@@ -139,17 +139,17 @@ def open_source(
             hub_id,
             revision=revision,
             columns=columns,
-            image_cache=images_root(source, image_cache=image_cache),
+            image_cache=None if image_cache is None else Path(image_cache),
         )
     if source not in ("official", "folder"):
         raise DataError(
             f"dataset source {source!r} is not known; expected official, hub, folder or synthetic"
         )
-    root = images_root(source, path)
-    if root is None:
+    if path is None:
         raise DataError(
             f"dataset.source={source} needs dataset.path: the folder that the dataset is in"
         )
+    root = Path(path).expanduser()
     if source == "official":
         from vlm_latency.vqa import official
 
@@ -157,14 +157,6 @@ def open_source(
     from vlm_latency.vqa import folder
 
     return folder.open_folder(name, split, root, questions_file)
-
-
-def images_root(
-    source: str, path: Path | str | None = None, image_cache: Path | str | None = None
-) -> Path | None:
-    """The folder that a source's image paths are relative to, without indexing its questions."""
-    folder = {"hub": image_cache, "synthetic": None}.get(source, path)
-    return None if folder is None else Path(folder).expanduser()
 
 
 def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFrame:
