@@ -49,6 +49,7 @@ def test_rows_of_the_padded_batch_one_by_one(family, shared, golden):
 )
 def test_compiled_decode_is_one_graph(family, committed):
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     model = committed.model(family)
     inputs, expected = committed.case(family, 3)
     compiling = CompileConfig(fullgraph=True, dynamic=False, mode="default")
