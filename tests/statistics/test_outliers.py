@@ -22,16 +22,16 @@ def quiet(last: float) -> list[float]:
     ("columns", "cause"),
     [
         ({}, "unexplained"),
-        ({"order_index": [*range(1, 9), 0]}, "first of shape"),
+        ({"first_of_shape": [False] * 8 + [True]}, "first of shape"),
+        ({"first_of_shape": pd.array([None] * 9, "boolean")}, "unexplained"),
         ({"sm_clock_mhz": [1980] * 8 + [1200]}, "clock drop or throttling"),
-        ({"throttle_reasons": quiet(0x20)}, "clock drop or throttling"),
-        ({"throttle_reasons": ["none"] * 8 + ["sw_thermal"]}, "clock drop or throttling"),
-        ({"throttle_reasons": quiet(0x1)}, "unexplained"),
+        ({"throttle_reasons": [""] * 8 + ["sw_power_cap"]}, "clock drop or throttling"),
+        ({"throttle_reasons": [""] * 9}, "unexplained"),
         ({"throttle_reasons": [None] * 9}, "unexplained"),
         ({"involuntary_switches": quiet(7)}, "involuntary context switches"),
         ({"steal_ms": quiet(4)}, "steal time"),
         ({"steal_ms": [3.0] * 9}, "unexplained"),
-        ({"steal_ms": quiet(4), "order_index": [*range(1, 9), 0]}, "first of shape"),
+        ({"steal_ms": quiet(4), "first_of_shape": [False] * 8 + [True]}, "first of shape"),
     ],
 )
 def test_the_likely_cause(columns: dict[str, object], cause: str) -> None:

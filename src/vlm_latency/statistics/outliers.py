@@ -18,8 +18,6 @@ FEWEST_RUNS = 5
 SMALLEST_EXCESS = 0.01
 # A clock that runs this much under the median of the run has dropped.
 CLOCK_DROP = 0.97
-# NVML's clocks-event reasons that are no throttling: idle, and clocks set by the user.
-HARMLESS_REASONS = 0x1 | 0x2
 
 
 def mark_outliers(
@@ -47,8 +45,8 @@ def mark_outliers(
     -------
     DataFrame
         Index of `df`; columns `outlier` (bool) and `outlier_cause` (None for the others): the
-        first that applies of "first of shape" (`order_index`), "clock drop or throttling"
-        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons`), "involuntary context
+        first that applies of "first of shape" (`first_of_shape`), "clock drop or throttling"
+        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty), "involuntary context
         switches" (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for
         its shape by the same rule, else "unexplained". Absent columns explain nothing.
 
@@ -83,9 +81,8 @@ def mark_outliers(
 
     outlier = unusual(value, lambda median: SMALLEST_EXCESS * median)
     causes: dict[str, pd.Series] = {}
-    if "order_index" in df:
-        order = df["order_index"].astype(float)
-        causes["first of shape"] = order == order.groupby(shape).transform("min")
+    if "first_of_shape" in df:
+        causes["first of shape"] = df["first_of_shape"].fillna(False).astype(bool)
     causes["clock drop or throttling"] = _slow_clock(df)
     for name, cause in (
         ("involuntary_switches", "involuntary context switches"),
@@ -107,14 +104,5 @@ def _slow_clock(df: pd.DataFrame) -> pd.Series:
         clock = df["sm_clock_mhz"].astype(float)
         slow |= clock < CLOCK_DROP * clock.median()
     if "throttle_reasons" in df:
-        slow |= df["throttle_reasons"].map(_throttled).astype(bool)
+        slow |= df["throttle_reasons"].fillna("").astype(str) != ""
     return slow
-
-
-def _throttled(reasons: object) -> bool:
-    """Read NVML's bit mask, or a text that names the reasons."""
-    if isinstance(reasons, str):
-        return reasons.strip().lower() not in {"", "0", "none", "idle"}
-    return isinstance(reasons, (int, float, np.number)) and bool(
-        int(np.nan_to_num(float(reasons))) & ~HARMLESS_REASONS
-    )
