@@ -16,7 +16,6 @@ from vlm_latency.vqa import (
     Sampling,
     draw_requests,
     image_bytes,
-    images_root,
     open_source,
 )
 from vlm_latency.vqa.images import noise_recipe

@@ -13,8 +13,8 @@ import pytest
 
 from vlm_latency.errors import DataError
 from vlm_latency.molmo.tiling import image_token_counts, select_tiling
+from vlm_latency.records import REQUEST_COLUMNS
 from vlm_latency.vqa import (
-    REQUEST_COLUMNS,
     QuestionSource,
     Sampling,
     draw_requests,

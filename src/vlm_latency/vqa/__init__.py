@@ -10,7 +10,6 @@
 from vlm_latency.vqa.accuracy import normalise_answer, vqa_accuracy
 from vlm_latency.vqa.images import decode_image, image_bytes, load_image
 from vlm_latency.vqa.sampling import (
-    REQUEST_COLUMNS,
     Sampling,
     draw_requests,
     sweep_language_requests,
@@ -21,7 +20,6 @@ from vlm_latency.vqa.source import QUESTION_COLUMNS, QuestionSource, open_source
 
 __all__ = [
     "QUESTION_COLUMNS",
-    "REQUEST_COLUMNS",
     "QuestionSource",
     "Sampling",
     "decode_image",

@@ -17,36 +17,10 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.molmo.tiling import image_size_for_tiling, select_tiling
+from vlm_latency.records import REQUEST_COLUMNS, typed
 from vlm_latency.vqa.images import MAX_SIDE, at_size, image_size, noise_recipe, read_file, sha256
 from vlm_latency.vqa.source import QuestionSource
 
-REQUEST_COLUMNS: dict[str, Any] = {
-    "request_id": "string",  # stable: the same request has the same id in every table
-    "experiment": "string",
-    "dataset": "string",
-    "synthetic": "boolean",
-    "question_id": "Int64",
-    "image_id": "Int64",
-    "question": "string",
-    "question_type": "string",
-    "answer_type": "string",
-    "answer": "string",
-    "answers": "string",
-    "image_path": "string",
-    "image_sha256": "string",
-    "image_recipe": "string",
-    "image_width": "Int64",
-    "image_height": "Int64",
-    "tiling_rows": "Int64",  # the grid asked for (exp3, exp4)
-    "tiling_cols": "Int64",
-    "grid": "string",  # "1×4"
-    "resolution": "string",  # "1008x336", width first
-    "pair": "string",  # grids with equally many crops, to be compared
-    "output_length": "string",  # natural, answer, none, or a number of tokens
-    "seed": "Int64",
-}
-
-HASHED_BY_DEFAULT = 20_000  # requests; hashing reads each image whole (0.16 MB each in COCO)
 SWEEP_QUESTION = "What is in the image?"
 # Grids with as many crops as a 1×k one but other token counts (7 crops: 704 or 768 tokens;
 # 13: 1152, 1184 or 1344), which tell the encoder's cost from the decoder's.
@@ -84,13 +58,13 @@ def draw_requests(
     sampling: Sampling,
     output_length: str | int,
     experiment: str,
-    hash_images: bool | None = None,
+    hash_images: bool = True,
 ) -> pd.DataFrame:
-    """Draw questions as requests (exp1, exp2): a table with ``REQUEST_COLUMNS``.
+    """Draw questions as requests (exp1, exp2): a table with ``records.REQUEST_COLUMNS``.
 
     ``hash_images`` records each file's SHA-256, so that a changed image is noticed when it is
-    measured; by default up to 20,000 requests. An image that is missing or unreadable stays in
-    the table, without size and hash: its request fails when it is measured.
+    measured; each file is read once (all of VQA v2 validation: 6.5 GB). An image that is missing
+    or unreadable stays in the table, without size and hash: its request fails when measured.
 
     Raises
     ------
@@ -106,8 +80,6 @@ def draw_requests(
             "output_length=answer needs; add the annotations, or set output_length to natural or "
             "a number"
         )
-    if hash_images is None:
-        hash_images = len(rows) <= HASHED_BY_DEFAULT
     sizes = _headers(source, rows, hash_images)
     return _request_table(
         rows.assign(
@@ -228,11 +200,7 @@ def sweep_language_requests(
 
 
 def _request_table(rows: pd.DataFrame) -> pd.DataFrame:
-    table = {
-        name: rows[name].astype(dtype) if name in rows else pd.Series(pd.NA, rows.index, dtype)
-        for name, dtype in REQUEST_COLUMNS.items()
-    }
-    return pd.DataFrame(table).reset_index(drop=True)
+    return typed(rows, REQUEST_COLUMNS).reset_index(drop=True)
 
 
 def _sweep_row(request_id: str, width: int, height: int, seed: int, n: int) -> dict[str, Any]:
