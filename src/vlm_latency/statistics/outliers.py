@@ -44,11 +44,12 @@ def mark_outliers(
     Returns
     -------
     DataFrame
-        Index of `df`; columns `outlier` (bool) and `outlier_cause` (None for the others): the
-        first that applies of "first of shape" (`first_of_shape`), "clock drop or throttling"
-        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty), "involuntary context
-        switches" (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for
-        its shape by the same rule, else "unexplained". Absent columns explain nothing.
+        Index of `df`; columns `outlier` (bool) and `outlier_cause` (None for the others). The
+        cause is the first that applies of "first of shape" (`first_of_shape`), "clock drop or
+        throttling" (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty),
+        "involuntary context switches" (`involuntary_switches`) and "steal time" (`steal_ms`),
+        both more than usual for its shape by the same rule, else "unexplained". Absent columns
+        explain nothing.
 
     Raises
     ------
