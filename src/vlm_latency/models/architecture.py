@@ -110,7 +110,8 @@ class Architecture:
     @cached_property
     def vocab_size(self) -> int:
         """Outputs of the head."""
-        return int(self.components.resolve(self.meta_model()).head.weight.shape[0])
+        head: Any = self.components.resolve(self.meta_model()).head
+        return int(head.weight.shape[0])
 
     @property
     def max_positions(self) -> int:
@@ -290,24 +291,27 @@ def describe(options: ModelOptions) -> Architecture:
     register()
     zoo = load_zoo(options.zoo_file)
     name = options.name
+    overrides: Mapping[str, Any]
+    processor_settings: Mapping[str, Any] = {}
+    image_settings: Mapping[str, Any] = {}
     if not name:
         raise ModelError("model.name is not given: a name of the zoo, a hub id or a local folder")
     if is_path(name):
-        hub_id, path = name, name
+        hub_id: str | None = name
         config = _read_config(name, options)
         family = zoo.families.get(config.model_type, Family())
-        overrides, processor_settings, image_settings = family.components, {}, {}
+        overrides = family.components
     else:
         entry = zoo.find(name)
-        hub_id, path = entry.hub_id, entry.hub_id
+        hub_id = entry.hub_id
         config = _make_config(name, entry.config)
         family = zoo.families.get(config.model_type, Family())
         overrides = {**family.components, **entry.components}
         processor_settings, image_settings = entry.processor_settings, entry.image_settings
         if weights_kind(options) == "pretrained":
-            if path is None:
+            if hub_id is None:
                 raise ModelError(f"{name} has no published weights; use model.weights=random")
-            config = _read_config(path, options)
+            config = _read_config(hub_id, options)
     _apply_options(config, options)
 
     def make_preparer() -> Preparer:
@@ -315,7 +319,7 @@ def describe(options: ModelOptions) -> Architecture:
             preparer = pretrained_preparer(
                 family,
                 config,
-                str(path),
+                str(hub_id),
                 revision=options.revision,
                 trust_remote_code=options.trust_remote_code,
             )

@@ -239,7 +239,7 @@ def _load_pretrained(
 ) -> PreTrainedModel:
     from transformers import AutoModelForImageTextToText
 
-    path = architecture.hub_id
+    path = str(architecture.hub_id)
     try:
         model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
             path,

@@ -42,7 +42,10 @@ def materialise(model: PreTrainedModel, device: torch.device, seed: int) -> PreT
             module._parameters[name] = made[id(parameter)]
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = torch.empty_like(buffer, device=device)
-    model.initialize_weights()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)  # transformers draws a few vectors from the global generator
+        model.initialize_weights()
     return model
 
 

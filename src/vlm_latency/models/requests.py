@@ -18,7 +18,6 @@ from vlm_latency.models.zoo import Family
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Preparer:
     def __init__(
         self,
         processor: Any,
-        config: PreTrainedConfig,
+        config: Any,
         build_prompt: Callable[[str], str] | None,
         image_mark: str | None,
     ) -> None:
@@ -152,7 +151,7 @@ class Preparer:
         return shape[:-2].numel(), shape[:-1].numel()
 
 
-def image_token_id(config: PreTrainedConfig) -> int:
+def image_token_id(config: Any) -> int:
     """The id at the positions that carry an image feature."""
     for name in ("image_token_id", "image_token_index", "image_patch_id"):
         found = getattr(config, name, None)
@@ -164,7 +163,7 @@ def image_token_id(config: PreTrainedConfig) -> int:
     )
 
 
-def molmo_geometry(config: PreTrainedConfig) -> dict[str, Any] | None:
+def molmo_geometry(config: Any) -> dict[str, Any] | None:
     """Keyword arguments for the functions of `vlm_latency.molmo.tiling`; None for other families."""
     if config.model_type != "molmo":
         return None
@@ -176,7 +175,7 @@ def molmo_geometry(config: PreTrainedConfig) -> dict[str, Any] | None:
     }
 
 
-def molmo_tiling(config: PreTrainedConfig, width: int, height: int) -> tuple[int, int] | None:
+def molmo_tiling(config: Any, width: int, height: int) -> tuple[int, int] | None:
     """Rows and columns of Molmo's tiles; None for other families."""
     from vlm_latency.molmo.tiling import select_tiling
 
@@ -186,7 +185,7 @@ def molmo_tiling(config: PreTrainedConfig, width: int, height: int) -> tuple[int
 
 def offline_preparer(
     family: Family,
-    config: PreTrainedConfig,
+    config: Any,
     processor_settings: Mapping[str, Any],
     image_settings: Mapping[str, Any],
 ) -> Preparer:
@@ -215,7 +214,7 @@ def offline_preparer(
 
 def pretrained_preparer(
     family: Family,
-    config: PreTrainedConfig,
+    config: Any,
     path: str,
     *,
     revision: str | None,
@@ -223,11 +222,12 @@ def pretrained_preparer(
 ) -> Preparer:
     """The processor that a checkpoint brings."""
     from transformers import AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    from transformers.utils import is_torchvision_available
+    from transformers.models.auto import processing_auto
+    from transformers.utils.import_utils import is_torchvision_available
 
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    known = family.processor or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
+    known = family.processor or names.get(config.model_type)
     try:
         if config.model_type == "molmo" or is_torchvision_available() or not known:
             processor = AutoProcessor.from_pretrained(path, **where)
@@ -242,7 +242,7 @@ def pretrained_preparer(
 
 def wrap_processor(
     processor: Any,
-    config: PreTrainedConfig,
+    config: Any,
     family: Family,
     prompt_builder: Callable[[str], str] | None = None,
 ) -> Preparer:
@@ -284,7 +284,7 @@ def _chat(processor: Any) -> Callable[[str], str]:
     return build
 
 
-def _family_tokenizer(family: Family, config: PreTrainedConfig) -> Any:
+def _family_tokenizer(family: Family, config: Any) -> Any:
     """The bundled tokenizer with the family's special tokens at the configuration's ids."""
     text_config = config.get_text_config()
     vocab_size = text_config.vocab_size - getattr(config, "additional_vocab_size", 0)

@@ -25,7 +25,7 @@ _FACTS = Path(__file__).parents[1] / "vqa" / "facts"
 
 # What the tables do not hold: the words between a question's beginning and its end, and the words
 # of the templates around it.
-_WORDS = (
+_TEXT = (
     "are there any people in the background of this picture? does he look happy or sad? "
     "what is behind the person holding an umbrella near the water? how many are visible here? "
     "who would be using that kind of vehicle, and where did they come from? she has had her hands "
@@ -34,7 +34,7 @@ _WORDS = (
     "were these made for children? should we wear a helmet? will it rain today? "
     "Answer the question using a single word or phrase. Describe the image in detail. "
     "User: vqa2: Assistant: system user assistant model You are a helpful assistant. ASSISTANT: USER:"
-).split(" ")
+)
 
 
 def _corpus() -> list[str]:
@@ -49,7 +49,7 @@ def _corpus() -> list[str]:
                 text = row[column]
                 times = 1 + round(1e4 * float(row["fraction_reweighted"]))
                 texts += [text, text.capitalize(), f" {text}"] * times
-    texts += [text for word in _WORDS for text in (f" {word}", word)] * 20
+    texts += [text for word in _TEXT.split(" ") for text in (f" {word}", word)] * 20
     return texts
 
 
