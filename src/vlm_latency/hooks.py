@@ -67,7 +67,9 @@ class ProjectHooks:
             model=catalog["model"] if "model" in inputs else None,
             questions=catalog["questions"] if "questions" in inputs else None,
             earlier={
-                name: catalog[name] for name in sorted(inputs) if name in {"exp5.vision", "exp5.language"}
+                name: catalog[name]
+                for name in sorted(inputs)
+                if name in {"exp5.vision", "exp5.language"}
             },
         ):
             log.info(line)

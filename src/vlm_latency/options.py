@@ -190,7 +190,7 @@ class CalibrationOptions(Group):
         10.0,
         50.0,
     )
-    injections: Annotated[int, Field(ge=1)] = 5
+    injections: Annotated[int, Field(ge=1)] = 12
     method_requests: Annotated[int, Field(ge=1)] = 12
     output_tokens: Annotated[int, Field(ge=2)] = 8
     tiling: str = "1x1"

@@ -17,6 +17,8 @@ Beside them: ``calibration`` proves the instrument, ``predict`` asks the calibra
 
 from __future__ import annotations
 
+import warnings
+
 from kedro.pipeline import Pipeline
 
 from vlm_latency.pipelines import (
@@ -30,11 +32,16 @@ from vlm_latency.pipelines import (
     reporting,
 )
 
-SHARED = {"model", "questions", "ceilings"}
-
 
 def register_pipelines() -> dict[str, Pipeline]:
     """Give every pipeline by its name; a phase's experiments take turns on the device."""
+    with warnings.catch_warnings():
+        # An experiment that reads another's result reads across namespaces, and means to.
+        warnings.filterwarnings("ignore", message="One or more dataset names contain '.'")
+        return _pipelines()
+
+
+def _pipelines() -> dict[str, Pipeline]:
     return {
         "exp1": _study("exp1"),
         "exp2": _study("exp2"),
@@ -44,7 +51,8 @@ def register_pipelines() -> dict[str, Pipeline]:
         "phase1": _study("exp1", "exp2"),
         "phase2": _study("exp3", "exp4", "exp5"),
         "all": _study("exp1", "exp2", "exp3", "exp4", "exp5"),
-        "calibration": calibration.create_pipeline() + reporting.create_page(["calibration.result"]),
+        "calibration": calibration.create_pipeline()
+        + reporting.create_page(["calibration.result"]),
         "predict": predict.create_pipeline() + reporting.create_page(["predict.result"]),
         "compare": compare.create_pipeline() + reporting.create_page(["compare.result"]),
         "__default__": _study("exp1", "exp2", "exp3", "exp4", "exp5"),
@@ -53,22 +61,27 @@ def register_pipelines() -> dict[str, Pipeline]:
 
 def _study(*experiments: str) -> Pipeline:
     """Chain experiments: each is measured when the results of the one before are on disk."""
-    turns = dict(zip(experiments[1:], experiments, strict=False))
-    parts = [
-        _experiment(name, after=f"{turns[name]}.result" if name in turns else None, study=experiments)
-        for name in experiments
-    ]
+    before = dict(zip(experiments[1:], experiments, strict=False))
+    parts = [_experiment(name, before.get(name), chained="exp3" in experiments) for name in experiments]
     page = reporting.create_page([f"{name}.result" for name in experiments])
     return sum(parts, calibration.ceilings()) + page
 
 
-def _experiment(name: str, after: str | None, study: tuple[str, ...]) -> Pipeline:
-    """Compose one experiment of the four modular pipelines, under its namespace."""
+def _experiment(name: str, before: str | None, chained: bool) -> Pipeline:
+    """Compose one experiment of the four modular pipelines, under its namespace.
+
+    Parameters
+    ----------
+    before
+        The experiment whose results must be on disk before this one measures.
+    chained
+        Whether exp5 reads what exp3 and exp4 of the same command made, rather than files.
+    """
     stages = {"options": options.create_pipeline(name)}
     if name != "exp5":
         stages |= {
             "data_sampling": data_sampling.create_pipeline(),
-            "measurement": measurement.create_pipeline(after),
+            "measurement": measurement.create_pipeline(takes_turns=before is not None),
             "flops_estimation": flops_estimation.create_pipeline(),
         }
     stages["reporting"] = reporting.create_pipeline(name)
@@ -77,11 +90,8 @@ def _experiment(name: str, after: str | None, study: tuple[str, ...]) -> Pipelin
         for box, stage in stages.items()
     ]
     parts = sum(boxes, Pipeline([]))
-    chained = {"vision": "exp3.result", "language": "exp4.result"} if "exp3" in study else {}
-    outer = {dataset: dataset for dataset in SHARED | {after}} | chained
-    return Pipeline(
-        parts,
-        namespace=name,
-        inputs={inner: outer for inner, outer in outer.items() if inner in parts.inputs()},
-        tags=name,
-    )
+    outer = {"model": "model", "questions": "questions", "ceilings": "ceilings"}
+    outer |= {"after": f"{before}.result"}
+    outer |= {"vision": "exp3.result", "language": "exp4.result"} if chained else {}
+    inputs = {inner: dataset for inner, dataset in outer.items() if inner in parts.inputs()}
+    return Pipeline(parts, namespace=name, inputs=inputs, tags=name)

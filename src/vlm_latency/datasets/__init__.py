@@ -1,7 +1,14 @@
 """Kedro datasets: thin adapters of the library's rooms, and atomic writing."""
 
 from vlm_latency.datasets.atomic import AtomicJSON, AtomicParquet
-from vlm_latency.datasets.inputs import EarlierResult, ModelDataset, OptionalJSON, VQADataset
+from vlm_latency.datasets.inputs import (
+    EarlierResult,
+    ModelDataset,
+    OptionalJSON,
+    ResultsFolder,
+    RunFolders,
+    VQADataset,
+)
 from vlm_latency.datasets.outputs import FigureFile, HTMLPage, TableFolder
 from vlm_latency.datasets.record_log import RecordLog
 
@@ -14,6 +21,8 @@ __all__ = [
     "ModelDataset",
     "OptionalJSON",
     "RecordLog",
+    "ResultsFolder",
+    "RunFolders",
     "TableFolder",
     "VQADataset",
 ]

@@ -16,6 +16,7 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview, TablePreview
 
 from vlm_latency.errors import DataError
+from vlm_latency.results import read_json
 
 
 @contextmanager
@@ -112,26 +113,6 @@ class AtomicJSON(FileDataset):
         if isinstance(data, dict):
             data = {key: value for key, value in data.items() if key != "results"}
         return JSONPreview(json.dumps(data))
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    DataError
-        When it is missing, unreadable or not JSON (with the line).
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from None
 
 
 class AtomicParquet(FileDataset):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kedro.io import AbstractDataset
 
-from vlm_latency.datasets.atomic import read_json
 from vlm_latency.errors import DataError
 from vlm_latency.models.zoo import NULL
-from vlm_latency.options import DatasetOptions, ModelOptions
+from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
+from vlm_latency.results import Run, read_json, read_result, read_run
 
 if TYPE_CHECKING:
     from vlm_latency.models.architecture import Architecture
@@ -162,7 +162,7 @@ class EarlierResult(AbstractDataset[NoReturn, Any]):
                 "same output_dir, or say where it lies with exp5.vision_results and "
                 "exp5.language_results"
             )
-        return read_json(self._path)
+        return read_result(self._path)
 
     def save(self, data: NoReturn) -> NoReturn:
         raise NotImplementedError("an earlier result is only read")
@@ -197,3 +197,62 @@ class OptionalJSON(AbstractDataset[NoReturn, Any]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._path)}
+
+
+class ResultsFolder(AbstractDataset[NoReturn, dict[str, Any]]):
+    """Whatever results lie below the output folder, for the page.
+
+    Parameters
+    ----------
+    filepath
+        The output folder.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> dict[str, Any]:
+        from vlm_latency.page import collect_results
+
+        return collect_results(self._path)
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("each result has a dataset of its own")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class RunFolders(AbstractDataset[NoReturn, list[Run]]):
+    """The results folders to compare, the baseline first.
+
+    Parameters
+    ----------
+    options
+        The ``compare.*`` parameters.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
+        self._options = CompareOptions.model_validate(dict(options))
+        self.metadata = metadata
+
+    def load(self) -> list[Run]:
+        pair = [self._options.baseline, self._options.candidate]
+        folders = list(self._options.runs or [folder for folder in pair if folder])
+        if len(folders) < 2:
+            raise DataError(
+                f"found {len(folders)} results folder(s) to compare; give compare.baseline=<folder>,"
+                "compare.candidate=<folder>, or compare.runs='a b c'"
+            )
+        return [read_run(folder) for folder in folders]
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError("earlier results are only read")
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": " ".join(self._options.runs or ())}

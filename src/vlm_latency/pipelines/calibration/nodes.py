@@ -41,3 +41,7 @@ def measure_ceilings(
     seconds = options.calibration.ceiling_seconds
     log.info("ceilings: measuring what %s can do in %s, about %.0f s", device, dtype, seconds)
     return {**ceilings(device, dtype, threads, seconds), **asked}
+
+
+def calibrate(*_: Any) -> Any:
+    raise NotImplementedError

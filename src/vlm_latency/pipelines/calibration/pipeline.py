@@ -28,7 +28,7 @@ def create_pipeline() -> Pipeline:
             node(
                 nodes.calibrate,
                 inputs=["options", "parameters", "model", "questions", "ceilings"],
-                outputs=["result", "figure.calibration"],
+                outputs=["result", "figure_calibration"],
                 name="calibrate",
                 tags="owns_device",
             )

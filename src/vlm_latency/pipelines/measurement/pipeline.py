@@ -5,16 +5,16 @@ from kedro.pipeline import Pipeline, node
 from vlm_latency.pipelines.measurement import nodes
 
 
-def create_pipeline(after: str | None = None) -> Pipeline:
+def create_pipeline(takes_turns: bool = False) -> Pipeline:
     """Measure the requests on the model.
 
     Parameters
     ----------
-    after
-        A dataset that must be on disk before anything is measured: experiments of one command
-        take turns.
+    takes_turns
+        Whether there is an input ``after`` that must be on disk before anything is measured:
+        the result of the experiment before.
     """
-    turn = {"after": after} if after else {}
+    turn = {"after": "after"} if takes_turns else {}
     return Pipeline(
         [
             node(

@@ -1,0 +1,344 @@
+"""exp5: do FLOPs predict latency, and what does it better?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_latency.errors import DataError
+from vlm_latency.options import ExperimentOptions
+from vlm_latency.pipelines.reporting import common
+from vlm_latency.results import entry_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SWEEPS = {"exp3": "num_vision_tokens", "exp4": "num_output_tokens"}
+SUFFIXES = {"analytic": "_analytic", "counted": "_counted", "parameter_rule": "_rule"}
+# What a TFLOP costs where: regime → (sweep, part).
+REGIMES = {
+    "encoder": ("exp3", "vision", "T_vision_encoder"),
+    "prefill": ("exp3", "llm_prefill", "T_LLM_prefill"),
+    "decode": ("exp4", "llm_decode", "T_LLM_decode"),
+}
+SHAPE = ["num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens"]
+
+
+def report(
+    options: ExperimentOptions,
+    vision: dict[str, Any],
+    language: dict[str, Any],
+    ceilings: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Report on FLOPs and latency, from the results of exp3 and exp4.
+
+    Parameters
+    ----------
+    vision, language
+        The results of exp3 and exp4, ours or the seed's.
+    ceilings
+        What this machine can do, for the roofline.
+
+    Returns
+    -------
+    result, tables, figure
+        ``exp5_flops_vs_latency`` as JSON, tables for people, and the figure.
+    """
+    from vlm_latency import statistics as st
+    from vlm_latency.plots.flops import flops_vs_latency
+    from vlm_latency.plots.style import Style
+
+    notes: list[str] = []
+    own = options.flops.estimator
+    sweeps = {"exp3": vision, "exp4": language}
+    points = pd.concat(
+        [entry_table(data, name).assign(sweep=name) for name, data in sweeps.items()],
+        ignore_index=True,
+    )
+    points = _chosen_flops(points, str(own), notes)
+    environment, marks = _environment(sweeps, notes)
+    estimators = {
+        name: _association(points, f"flops_total{suffix}", notes)
+        for name, suffix in SUFFIXES.items()
+        if f"flops_total{suffix}" in points
+    }
+    held_out, points = _held_out(points, environment, ceilings, notes)
+    found: dict[str, Any] = {
+        **_association(points, "flops_total", notes),
+        "estimator": own,
+        "estimators": estimators,
+        "ms_per_tflop": _regimes(points, notes),
+        "transfer": _transfer(points, notes),
+        "rank_inversions": _on_shapes(points, st.rank_inversions, "rank inversions", notes),
+        "iso_flop_pairs": _iso(points, notes),
+        "held_out_error": held_out.get("mape"),
+        "held_out_median_error": held_out.get("median_error"),
+        "held_out_shapes": held_out.get("n_groups"),
+        "notes": notes,
+    }
+    claim = st.flops_imperfect_claim(held_out.get("flops"), held_out.get("ratio"))
+    found["verdict"] = _verdict(found, claim)
+    coverage = {name: data.get("coverage") for name, data in sweeps.items()}
+    context = common.context(options, environment, {"partial": False})
+    context = type(context)(context.environment_line, (*context.marks, *marks), context.model)
+    drawn = points.rename(columns={"flops_total": "flops", "T_total": "latency_ms"})
+    figure = flops_vs_latency(drawn, found, context, Style.of(options.figures))
+    result = {
+        **{
+            name: {
+                "flops": points.loc[points["sweep"] == name, "flops_total"].tolist(),
+                "latencies": points.loc[points["sweep"] == name, "T_total"].tolist(),
+                column.removeprefix("num_"): points.loc[
+                    points["sweep"] == name, column if column in points else "num_vision_patches"
+                ].tolist(),
+            }
+            for name, column in SWEEPS.items()
+        },
+        **common.frame(options, environment, coverage, found, [claim]),
+    }
+    return result, {"predictors": _predictors(held_out), "association": _table(estimators)}, figure
+
+
+def _chosen_flops(points: pd.DataFrame, estimator: str, notes: list[str]) -> pd.DataFrame:
+    """Put the chosen estimator's numbers into ``flops_*``, where the results have it."""
+    suffix = SUFFIXES[estimator]
+    chosen = {
+        name.removesuffix(suffix): points[name]
+        for name in points
+        if name.startswith("flops_") and name.endswith(suffix)
+    }
+    if not chosen:
+        notes.append(f"the results have no {estimator} FLOPs: flops_* are used as they stand there")
+    points = points.assign(**chosen)
+    known = points["flops_total"].notna() & points["T_total"].notna()
+    if not known.any():
+        raise DataError(
+            "the results of exp3 and exp4 have no entry with both flops_total and T_total"
+        )
+    return points[known].astype({"flops_total": float, "T_total": float}).reset_index(drop=True)
+
+
+def _environment(
+    sweeps: dict[str, dict[str, Any]], notes: list[str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Take the environment of the two results; where they differ, say so on everything."""
+    known = [data["environment"] for data in sweeps.values() if data.get("environment")]
+    unknown = {
+        "line": "environment not recorded",
+        "model": {"name": "unknown model", "weights": None},
+        "dataset": {},
+    }
+    environment = known[0] if known else unknown
+    conditions = [item.get("conditions", {}) for item in known]
+    differing = []
+    if len(known) == 2:
+        first, second = conditions
+        differing = [
+            key
+            for key in sorted({*first, *second} - {"measurement"})
+            if first.get(key) != second.get(key)
+        ]
+    if len(known) < len(sweeps):
+        notes.append("not both results record their environment: they may differ")
+    if differing:
+        notes.append(f"the two results were measured in another {', '.join(differing)}")
+        return environment, (f"two environments: {', '.join(differing)} differ",)
+    return environment, ()
+
+
+def _association(points: pd.DataFrame, column: str, notes: list[str]) -> dict[str, Any]:
+    """Correlate FLOPs and latency within each sweep and over both, as the seed did."""
+    from vlm_latency import statistics as st
+
+    found: dict[str, Any] = {}
+    for name in (*SWEEPS, "combined"):
+        rows = points if name == "combined" else points[points["sweep"] == name]
+        rows = rows[rows[column].notna()]
+        x, y = rows[column].astype(float), rows["T_total"]
+        fit = common.unless_impossible(notes, f"{name}: line", st.linear_fit, x, y)
+        both = common.unless_impossible(notes, f"{name}: correlation", st.correlations, x, y)
+        if fit is None or both is None:
+            found[name] = None
+            continue
+        at = np.linspace(x.min(), x.max(), 50)
+        low, high = fit.band(at)
+        found[name] = {
+            "r_squared": fit.r_squared,
+            "pearson": both.pearson.to_dict() if both.pearson else None,
+            "spearman": both.spearman.to_dict() if both.spearman else None,
+            "slope": fit.slope.value,
+            "intercept": fit.intercept.value,
+            "fit": {**fit.to_dict(), "band": {"x": at, "low": low, "high": high}},
+            "n": len(rows),
+        }
+    return found
+
+
+def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
+    """What a TFLOP takes in the encoder, in prefill and in decode, milliseconds."""
+    from vlm_latency.statistics import bootstrap_ratio
+
+    found = {}
+    for regime, (sweep, part, time) in REGIMES.items():
+        column = f"flops_{part}"
+        rows = points[points["sweep"] == sweep]
+        if not {column, time} <= set(points):
+            continue
+        rows = rows[(rows[column] > 0) & rows[time].notna()]
+        if rows.empty:
+            continue
+        ratio = common.unless_impossible(
+            notes,
+            f"ms per TFLOP in {regime}",
+            bootstrap_ratio,
+            rows[time].astype(float),
+            rows[column].astype(float) / 1e12,
+        )
+        if ratio is not None:
+            found[regime] = ratio.to_dict()
+    return found
+
+
+def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
+    """Fit FLOPs on one sweep, predict the other: the mean absolute error as a share."""
+    from vlm_latency.statistics import nnls_relative_fit, transfer_error
+
+    found = {}
+    for train, test in (("exp3", "exp4"), ("exp4", "exp3")):
+        sides = [
+            (
+                np.column_stack([np.ones((points["sweep"] == name).sum()), rows["flops_total"]]),
+                rows["T_total"],
+            )
+            for name in (train, test)
+            for rows in [points[points["sweep"] == name]]
+        ]
+        error = common.unless_impossible(
+            notes, f"{train} predicts {test}", transfer_error, nnls_relative_fit, *sides
+        )
+        found[f"{train} predicts {test}"] = error.to_dict() if error else None
+    return found
+
+
+def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
+    """Average the entries of one shape: two of them are no pair of requests that differ."""
+    known = [name for name in SHAPE if name in points and points[name].notna().all()]
+    return points.groupby(["sweep", *known], as_index=False)[["flops_total", "T_total"]].mean()
+
+
+def _on_shapes(points: pd.DataFrame, compute: Any, what: str, notes: list[str]) -> Any:
+    shapes = _shape_means(points)
+    value = common.unless_impossible(notes, what, compute, shapes["flops_total"], shapes["T_total"])
+    return value.to_dict() if value else None
+
+
+def _iso(points: pd.DataFrame, notes: list[str]) -> dict[str, Any] | None:
+    """Find shapes of nearly equal FLOPs whose latency differs, and name the farthest pair."""
+    from vlm_latency.statistics import iso_pairs
+
+    shapes = _shape_means(points)
+    found = common.unless_impossible(
+        notes, "iso-FLOP pairs", iso_pairs, shapes["flops_total"], shapes["T_total"], 0.05
+    )
+    if found is None:
+        return None
+    named = found.to_dict()
+    if found.max_pair is not None:
+        named["max_pair"] = shapes.iloc[list(found.max_pair)].to_dict("records")
+    return dict(named)
+
+
+def _held_out(
+    points: pd.DataFrame,
+    environment: dict[str, Any],
+    ceilings: dict[str, Any],
+    notes: list[str],
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Predict every shape from the others by FLOPs, tokens and the roofline."""
+    from vlm_latency.costs import Hardware
+    from vlm_latency.costs.prediction import predictors
+    from vlm_latency.statistics import cross_validate
+
+    needed = [*SHAPE, "T_total"]
+    if not set(needed) <= set(points) or points[needed].isna().any(axis=None):
+        notes.append("held-out errors need the token counts of every entry: left out")
+        return {}, points
+    if not ceilings:
+        notes.append("held-out errors need the machine's ceilings: left out")
+        return {}, points
+    dtype = environment["model"].get("dtype") or ceilings["dtype"]
+    looked_at = predictors(points, Hardware.from_ceilings(ceilings), dtype)
+    groups = points.groupby(SHAPE).ngroup()
+    found = common.unless_impossible(
+        notes, "held-out errors", cross_validate, groups, looked_at, points["T_total"]
+    )
+    if found is None:
+        return {}, points
+    best = "roofline_calibrated" if "roofline_calibrated" in looked_at else "tokens"
+    predicted = {f"predicted_{name}": values for name, values in found.predicted.items()}
+    return {
+        "mape": {name: value.to_dict() for name, value in found.mape.items()},
+        "median_error": {name: value.to_dict() for name, value in found.median_error.items()},
+        "n_groups": found.n_groups,
+        "flops": found.mape["flops"],
+        "ratio": found.error_ratio("flops", best),
+    }, points.assign(**predicted)
+
+
+def _verdict(found: dict[str, Any], claim: Any) -> str:
+    """Answer the question in a sentence; the numbers decide which."""
+    errors = found["held_out_error"]
+    if not errors:
+        combined = found.get("combined")
+        r_squared = f"R² over both sweeps is {combined['r_squared']:.3f}" if combined else "no line"
+        return f"{r_squared}; held-out errors could not be computed, so the question stays open."
+    said = {
+        "supported": "FLOPs alone do not predict latency",
+        "contradicted": "FLOPs alone predict latency",
+        "undecided": "Whether FLOPs alone predict latency cannot be said from these data",
+    }[claim.verdict]
+    parts = [f"{name.replace('_', ' ')} {100 * e['value']:.1f} %" for name, e in errors.items()]
+    regimes = found["ms_per_tflop"]
+    spread = ""
+    if len(regimes) > 1:
+        worst, best = (pick(regimes, key=lambda k: regimes[k]["value"]) for pick in (max, min))
+        ratio = regimes[worst]["value"] / regimes[best]["value"]
+        spread = f" A TFLOP of {worst} costs {ratio:.1f} × one of {best}."
+    return f"{said}: mean error on held-out shapes: {', '.join(parts)}.{spread}"
+
+
+def _predictors(held_out: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "predictor": name,
+                "MAPE": error["value"],
+                "low": error["low"],
+                "high": error["high"],
+                "median error": held_out["median_error"][name]["value"],
+            }
+            for name, error in held_out.get("mape", {}).items()
+        ],
+        columns=["predictor", "MAPE", "low", "high", "median error"],
+    )
+
+
+def _table(estimators: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "estimator": estimator,
+                "sweep": sweep,
+                "R²": numbers["r_squared"],
+                "Pearson": (numbers["pearson"] or {}).get("value"),
+                "Spearman": (numbers["spearman"] or {}).get("value"),
+                "n": numbers["n"],
+            }
+            for estimator, sweeps in estimators.items()
+            for sweep, numbers in sweeps.items()
+            if numbers
+        ],
+        columns=["estimator", "sweep", "R²", "Pearson", "Spearman", "n"],
+    )

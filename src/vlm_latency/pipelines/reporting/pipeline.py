@@ -24,7 +24,7 @@ FIGURES = {
 
 def create_pipeline(experiment: str) -> Pipeline:
     """Report on one experiment."""
-    figures = [f"figure.{name}" for name in FIGURES[experiment]]
+    figures = [f"figure_{name}" for name in FIGURES[experiment]]
     return Pipeline(
         [
             node(
@@ -45,7 +45,8 @@ def create_page(results: list[str]) -> Pipeline:
     results
         Datasets that must be on disk first.
     """
+    made = {name.replace(".", "_"): name for name in results}
     publish = node(
-        nodes.publish, inputs=["results_folder", *results], outputs="page", name="publish"
+        nodes.publish, inputs=["results_folder", *made], outputs="page", name="publish"
     )
-    return Pipeline([publish])
+    return Pipeline([publish], inputs=made)

@@ -1,0 +1,180 @@
+"""Before and after a change, two models, two devices: what became faster, and how surely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_latency.errors import DataError, MeasurementError
+from vlm_latency.options import Options
+from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
+from vlm_latency.results import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vlm_latency.statistics import TableComparison
+
+COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
+
+
+def compare_runs(
+    parameters: dict[str, Any], runs: list[Run]
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Compare each run with the first one, experiment by experiment.
+
+    Returns
+    -------
+    result, tables, figure
+        Verdicts per experiment and component, what differs between the environments, and a
+        forest plot of the ratios.
+
+    Raises
+    ------
+    DataError
+        When two runs share no experiment, or no request and no shape.
+    """
+    from vlm_latency.plots.comparison import ratios
+    from vlm_latency.plots.style import FigureContext, Style
+
+    options = Options.from_parameters(parameters)
+    baseline, *candidates = _named_apart(runs)
+    comparisons = {
+        f"{run.name}: {name}": _compare(baseline, run, name, options.compare.margin)
+        for run in candidates
+        for name in _shared(baseline, run)
+    }
+    differences = {run.name: environment_differences(baseline, run) for run in candidates}
+    found = {name: comparison.to_dict() for name, comparison in comparisons.items()}
+    marks = tuple(
+        f"{name}: another {', '.join(differing)}" for name, differing in differences.items() if differing
+    )
+    context = FigureContext(
+        environment_line=f"baseline {baseline.name}: {_line(baseline)}", marks=marks, model=""
+    )
+    style = Style.of(options.figures)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": "compare",
+        "baseline": baseline.name,
+        "runs": [run.name for run in candidates],
+        "margin": options.compare.margin,
+        "comparisons": found,
+        "environment_differences": differences,
+        "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
+    }
+    figure = ratios(found, baseline.name, options.compare.margin, context, style)
+    return result, {"compare": _table(comparisons)}, figure
+
+
+def fail_if_slower(parameters: dict[str, Any], result: dict[str, Any], page: str) -> bool:
+    """End the command with an error where a run is surely slower than the user allows.
+
+    Parameters
+    ----------
+    page
+        Written by then, so that the reason can be read.
+
+    Raises
+    ------
+    MeasurementError
+        Naming the comparison: the whole interval of T_total's ratio lies above
+        1 + ``compare.fail_if_slower`` percent.
+    """
+    limit = Options.from_parameters(parameters).compare.fail_if_slower
+    if limit is None:
+        return True
+    for name, comparison in result["comparisons"].items():
+        ratio = (comparison["components"].get("T_total") or {}).get("ratio") or {}
+        low = ratio.get("low")
+        if low is not None and low > 1 + limit / 100:
+            raise MeasurementError(
+                f"{name} is slower than {result['baseline']}: T_total × {ratio['value']:.3f} "
+                f"({low:.3f} to {ratio['high']:.3f}), and compare.fail_if_slower={limit:g} allows "
+                f"{1 + limit / 100:.3f}"
+            )
+    return True
+
+
+def environment_differences(baseline: Run, run: Run) -> dict[str, list[Any]]:
+    """List the conditions that differ between two runs, ``path: [baseline, run]``.
+
+    Files of the seed's scripts name no conditions: that itself is a difference.
+    """
+    before, after = _conditions(baseline), _conditions(run)
+    if not before or not after:
+        return {} if before == after else {"conditions": ["recorded" if side else "not recorded" for side in (before, after)]}
+    return {
+        name: [before.get(name), after.get(name)]
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    }
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    """The conditions of a run's experiments, flat; the measuring method is the experiments' own."""
+    flat: dict[str, Any] = {}
+    for result in run.results.values():
+        conditions = (result.get("environment") or {}).get("conditions") or {}
+        for group, values in conditions.items():
+            if isinstance(values, dict):
+                flat |= {f"{group}.{name}": value for name, value in values.items()}
+            else:
+                flat[group] = values
+    return flat
+
+
+def _shared(baseline: Run, run: Run) -> list[str]:
+    names = [name for name in baseline.tables if name in run.tables]
+    if not names:
+        raise DataError(
+            f"{baseline.name} holds {', '.join(baseline.tables)} and {run.name} holds "
+            f"{', '.join(run.tables)}: no experiment in common"
+        )
+    return names
+
+
+def _compare(baseline: Run, run: Run, experiment: str, margin: float) -> TableComparison:
+    from vlm_latency.statistics import compare_tables
+
+    return compare_tables(
+        baseline.tables[experiment], run.tables[experiment], COLUMNS, margin=margin
+    )
+
+
+def _named_apart(runs: list[Run]) -> list[Run]:
+    """Number folders of the same name."""
+    names = [run.name for run in runs]
+    return [
+        Run(f"{run.name} ({i + 1})", run.tables, run.results) if names.count(run.name) > 1 else run
+        for i, run in enumerate(runs)
+    ]
+
+
+def _line(run: Run) -> str:
+    for result in run.results.values():
+        if line := (result.get("environment") or {}).get("line"):
+            return str(line)
+    return "environment not recorded"
+
+
+def _table(comparisons: dict[str, TableComparison]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "run": name,
+                "component": component,
+                "baseline ms": found.baseline_mean,
+                "candidate ms": found.candidate_mean,
+                "ratio": found.ratio.value,
+                "low": found.ratio.low,
+                "high": found.ratio.high,
+                "verdict": found.verdict,
+                "smallest visible": found.smallest_visible,
+                "n": found.n_pairs,
+            }
+            for name, comparison in comparisons.items()
+            for component, found in comparison.components.items()
+        ]
+    )

@@ -1,0 +1,27 @@
+"""compare: two runs or more, matched by request and shape, become verdicts."""
+
+from kedro.pipeline import Pipeline, node
+
+from vlm_latency.pipelines.compare import nodes
+
+
+def create_pipeline() -> Pipeline:
+    """Compare results folders; fail afterwards where the user asked for it."""
+    stage = Pipeline(
+        [
+            node(
+                nodes.compare_runs,
+                inputs=["parameters", "runs"],
+                outputs=["result", "tables", "figure_compare"],
+                name="compare_runs",
+            )
+        ]
+    )
+    # Outside the namespace: it comes after the page, which is everybody's.
+    gate = node(
+        nodes.fail_if_slower,
+        inputs=["parameters", "compare.result", "page"],
+        outputs="passed",
+        name="fail_if_slower",
+    )
+    return Pipeline(stage, namespace="compare", tags="compare") + Pipeline([gate], tags="compare")

@@ -1,0 +1,148 @@
+"""What a request would take, what it is made of, and what pruning could win at best."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_latency.errors import DataError, UserError
+from vlm_latency.options import Options
+from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
+from vlm_latency.results import entry_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vlm_latency.datasets.inputs import Model
+
+
+def predict(
+    parameters: dict[str, Any],
+    model: Model,
+    vision: dict[str, Any],
+    language: dict[str, Any],
+    ceilings: dict[str, Any] | None,
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+    """Predict the latency of a workload without running the model.
+
+    Parameters
+    ----------
+    model
+        Any of the zoo; only its architecture is read.
+    vision, language
+        Results of exp3 and exp4, on which the predictor is calibrated.
+    ceilings
+        What the machine that measured them can do at most.
+
+    Returns
+    -------
+    result, tables, figure
+        Latency with its interval and composition, latency over vision × output tokens, and what
+        dropping vision tokens could win.
+    """
+    from vlm_latency.costs import CostModel, Hardware, hardware
+    from vlm_latency.costs.prediction import (
+        calibrate_predictor,
+        latency_grid,
+        predict_workload,
+        pruning_table,
+    )
+    from vlm_latency.plots.prediction import predicted_latency
+    from vlm_latency.plots.style import FigureContext, Style
+
+    settings = Options.from_parameters(parameters)
+    asked = settings.predict
+    if not ceilings:
+        raise DataError(
+            "no calibration/ceilings.json under output_dir; run 'kedro run --pipeline phase2' there "
+            "first: it measures the machine's ceilings and the sweeps that predict learns from"
+        )
+    image = _size(asked.image)
+    entries = pd.concat(
+        [entry_table(vision, "exp3"), entry_table(language, "exp4")], ignore_index=True
+    )
+    measured_on = (vision.get("environment") or {}).get("model", {})
+    dtype = measured_on.get("dtype") or ceilings["dtype"]
+    predictor = calibrate_predictor(entries, Hardware.from_ceilings(ceilings), dtype)
+    if asked.hardware:
+        predictor = predictor.on(hardware(asked.hardware))
+    costs = CostModel(model.architecture)
+    workload = (image, asked.prompt_tokens)
+    found = predict_workload(costs, predictor, *image, asked.prompt_tokens, asked.output_tokens)
+    grid = latency_grid(
+        costs, predictor, *workload, asked.vision_token_grid, asked.output_token_grid
+    )
+    pruning = pruning_table(
+        costs, predictor, *workload, asked.output_tokens, asked.keep, asked.drop_layer
+    )
+    latency = {
+        "value": found["T_total"],
+        "low": found["T_total_low"],
+        "high": found["T_total_high"],
+        "level": 0.95,
+        "method": "quantiles of held-out errors",
+    }
+    words = (
+        f"{asked.image} image, {asked.prompt_tokens} prompt tokens, {asked.output_tokens} output "
+        "tokens"
+    )
+    notes = []
+    if measured_on.get("name") not in (None, model.options.name):
+        notes.append(
+            f"calibrated on {measured_on['name']}, asked for {model.options.name}: the interval is "
+            "that of the calibrated model"
+        )
+    if predictor.calibrated_on:
+        notes.append(
+            f"calibrated on {predictor.calibrated_on}, scaled to the published peaks of "
+            f"{predictor.hardware.name}: the interval is no guarantee there"
+        )
+    statistics = {
+        "latency": latency,
+        "composition": {name: found[name] for name in COMPONENTS},
+        "workload": words,
+        "hardware": predictor.hardware.name,
+        "held_out_median_error": predictor.median_error,
+        "held_out_mape": predictor.mape,
+        "num_shapes": predictor.num_shapes,
+        "notes": notes,
+    }
+    context = FigureContext(
+        environment_line=(vision.get("environment") or {}).get("line", "environment not recorded"),
+        marks=tuple(notes),
+        model=str(model.options.name),
+    )
+    figure = predicted_latency(
+        grid.rename(columns={"T_total": "latency_ms"}),
+        pruning.rename(
+            columns={
+                "place": "where",
+                "T_total": "latency_ms",
+                "T_total_low": "low_ms",
+                "T_total_high": "high_ms",
+            }
+        ),
+        statistics,
+        context,
+        Style.of(settings.figures),
+    )
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": "predict",
+        "model": model.options.name,
+        "workload": {**asked.model_dump(mode="json"), "counts": found},
+        "statistics": statistics,
+        "grid": grid.to_dict("records"),
+        "pruning": pruning.to_dict("records"),
+        "environment": vision.get("environment"),
+    }
+    return result, {"grid": grid, "pruning": pruning}, figure
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise UserError(f"predict.image: found {text!r}; expected width x height, such as 640x480")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,30 @@
+"""predict: the calibrated cost model answers for a workload that need not be run."""
+
+from kedro.pipeline import Pipeline, node
+
+from vlm_latency.pipelines.predict import nodes
+
+
+def create_pipeline() -> Pipeline:
+    """Predict a workload from the costs of its parts, calibrated on exp3 and exp4."""
+    stage = Pipeline(
+        [
+            node(
+                nodes.predict,
+                inputs=["parameters", "model", "vision", "language", "ceilings_so_far"],
+                outputs=["result", "tables", "figure_predict"],
+                name="predict",
+            )
+        ]
+    )
+    return Pipeline(
+        stage,
+        namespace="predict",
+        inputs={
+            "model": "model",
+            "vision": "exp5.vision",
+            "language": "exp5.language",
+            "ceilings_so_far": "ceilings_so_far",
+        },
+        tags="predict",
+    )

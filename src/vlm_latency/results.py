@@ -1,0 +1,140 @@
+"""Results on disk: their names, and reading them, those of the seed study's scripts included."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlm_latency.errors import DataError
+
+FILES = {
+    "exp1": "exp1_latency_distribution",
+    "exp2": "exp2_component_profiling",
+    "exp3": "exp3_vision_tokens_vs_latency",
+    "exp4": "exp4_language_tokens_vs_latency",
+    "exp5": "exp5_flops_vs_latency",
+}
+PATCHES_PER_CROP = 576  # what the seed's files call vision tokens are the encoder's patches
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one results folder holds.
+
+    Attributes
+    ----------
+    name : the folder's name
+    tables : experiment → runs (records) or, in a seed's folder, entries; missing columns are
+        absent
+    results : experiment → the JSON
+    """
+
+    name: str
+    tables: dict[str, pd.DataFrame] = field(repr=False)
+    results: dict[str, dict[str, Any]] = field(repr=False)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises
+    ------
+    DataError
+        When it is missing, unreadable or not JSON (with the line).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one experiment's result, ours or the seed's.
+
+    Raises
+    ------
+    DataError
+        When it is no result: no JSON object with a list ``results``.
+    """
+    data = read_json(path)
+    if isinstance(data, list):  # the seed's earliest files are the bare list
+        data = {"results": data}
+    if not isinstance(data, dict) or not isinstance(data.get("results"), list):
+        raise DataError(f"{path} is no result: expected an object with a list 'results'")
+    if not data["results"] or not all(isinstance(entry, dict) for entry in data["results"]):
+        raise DataError(f"{path} has no entries in 'results'")
+    return data
+
+
+def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
+    """Put a result's entries into a table with the records' column names.
+
+    ``T_vision`` is read as ``T_vision_total``. Where ``num_vision_tokens`` is 576 × crops in every
+    entry it counts patches: it is moved to ``num_vision_patches``, never to be matched with tokens.
+    """
+    table = pd.DataFrame(result["results"])
+    names = {
+        "T_vision": "T_vision_total",
+        "T_data_processing": "T_preprocess",
+        "example_id": "question_id",
+        "query_id": "question_id",
+    }
+    table = table.rename(columns={old: new for old, new in names.items() if new not in table})
+    if "request_id" not in table:
+        table["request_id"] = _request_ids(table, experiment)
+    if {"num_crops", "num_vision_tokens"} <= set(table):
+        tokens, crops = table["num_vision_tokens"], table["num_crops"]
+        if (tokens == PATCHES_PER_CROP * crops).all() and "num_vision_patches" not in table:
+            table = table.rename(columns={"num_vision_tokens": "num_vision_patches"})
+    return table
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read the measured experiments below one results folder.
+
+    Raises
+    ------
+    DataError
+        When there is none.
+    """
+    folder = Path(folder).expanduser()
+    tables, results = {}, {}
+    for name, stem in list(FILES.items())[:4]:
+        path = folder / name / f"{stem}.json"
+        if not path.is_file():
+            continue
+        results[name] = read_result(path)
+        records = folder / name / f"{name}_records.parquet"
+        if records.is_file():
+            runs = pd.read_parquet(records)
+            tables[name] = runs[runs["status"] == "ok"].reset_index(drop=True)
+        else:
+            tables[name] = entry_table(results[name], name)
+    if not tables:
+        raise DataError(
+            f"no results in {folder}; expected files like exp1/{FILES['exp1']}.json, which "
+            "'kedro run' writes below output_dir"
+        )
+    return Run(folder.resolve().name, tables, results)
+
+
+def _request_ids(table: pd.DataFrame, experiment: str) -> pd.Series:
+    """Name a seed's entries as our requests are named, so that the same ones match."""
+    if experiment == "exp3" and "grid" in table:
+        return "exp3-" + table["grid"].str.replace("×", "x")
+    if "question_id" not in table:
+        return experiment + "-entry" + table.index.astype(str)
+    ids = experiment + "-" + table["question_id"].astype(str)
+    if experiment == "exp4" and "max_new_tokens" in table:
+        ids += "-n" + table["max_new_tokens"].astype(str)
+    return ids
