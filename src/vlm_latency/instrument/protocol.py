@@ -210,7 +210,7 @@ def measure(
     log.started_at = _now()
     start = time.perf_counter()
     bar = _Progress(total=len(planned), initial=len(planned) - len(left), disable=not progress)
-    with _undisturbed(vlm), contextlib.closing(session), bar:
+    with undisturbed(vlm), contextlib.closing(session), bar:
         chunk: list[dict[str, Any]] = []
         try:
             session.open([rows[run["request_id"]] for run in left])
@@ -425,7 +425,7 @@ def plateau(times: list[float], at_least: int) -> bool:
     """
     if len(times) < max(2, at_least):
         return at_least == 0
-    return times[-1] > (1 - PLATEAU_GAIN) * min(times[:-1])
+    return times[-1] >= (1 - PLATEAU_GAIN) * min(times[:-1])
 
 
 def output_rule(
@@ -465,6 +465,7 @@ def output_rule(
 
 _CARRIED = (
     "experiment",
+    "request_sha256",
     "question_id",
     "image_id",
     "grid",
@@ -517,7 +518,7 @@ class _Progress(tqdm):  # type: ignore[type-arg]
 
 
 @contextlib.contextmanager
-def _undisturbed(vlm: Any) -> Iterator[None]:
+def undisturbed(vlm: Any) -> Iterator[None]:
     """The chosen number of CPU threads, and no garbage collection but between runs."""
     collecting, threads = gc.isenabled(), None
     if not hasattr(vlm, "meter"):

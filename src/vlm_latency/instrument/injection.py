@@ -1,0 +1,155 @@
+"""Known truth: delays of known length put into one component of a running request."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_latency.instrument.methods import DECODE, ENCODER, PREFILL, PROJECTOR
+
+COMPONENTS = (ENCODER, PROJECTOR, PREFILL, DECODE)
+STEP = 1  # the decode step that is delayed: the first after the prefill
+
+
+class Delay:
+    """Keeps the device busy for a known time: a spin on a CPU, a sleep kernel on CUDA.
+
+    What counts as known is the delay's own length, taken around it: a spin may be interrupted,
+    and a GPU's clock drifts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        if self._on_cuda:
+            self._ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._cycles_per_ms = 1.0
+            for _ in range(3):  # clocks rise while it sleeps
+                self._sleep(10_000_000)
+                self._cycles_per_ms = 10_000_000 / self.length_ms()
+        else:
+            self._length_ns = 0
+
+    def __call__(self, milliseconds: float) -> None:
+        if self._on_cuda:
+            self._sleep(round(milliseconds * self._cycles_per_ms))
+            return
+        start = time.perf_counter_ns()
+        until = start + round(milliseconds * 1e6)
+        now = start
+        while now < until:
+            now = time.perf_counter_ns()
+        self._length_ns = now - start
+
+    def length_ms(self) -> float:
+        """How long the last one was, in milliseconds; waits for it."""
+        if self._on_cuda:
+            self._ends[1].synchronize()
+            return float(self._ends[0].elapsed_time(self._ends[1]))
+        return self._length_ns / 1e6
+
+    def _sleep(self, cycles: int) -> None:
+        self._ends[0].record()
+        torch.cuda._sleep(cycles)
+        self._ends[1].record()
+
+
+@contextlib.contextmanager
+def delayed(vlm: Any, component: str, milliseconds: float, delay: Delay) -> Iterator[None]:
+    """Delay one component of every request meanwhile, once per request.
+
+    The delay ends the component's forward: it lies within the boundary marks, which are put
+    around it later, and does not disturb the work before it. Decode is delayed in its first
+    step, as a whole where that step is compiled. A meter must attach its hooks inside this.
+    """
+    components, model = vlm.components, vlm.model
+    calls = 0
+
+    def act(at: int) -> None:
+        nonlocal calls
+        if not torch.compiler.is_compiling():
+            if calls == at:
+                delay(milliseconds)
+            calls += 1
+
+    with contextlib.ExitStack() as stack:
+        if component == DECODE and vlm.options.engine == "compiled":
+            stack.enter_context(_before_compiled_step(model, lambda: act(0)))
+        else:
+            module, at = {
+                ENCODER: (components.vision_encoder, 0),
+                PROJECTOR: (_first_called(components.projector), 0),
+                PREFILL: (components.language_model, 0),
+                DECODE: (components.language_model, STEP),
+            }[component]
+            handle = module.register_forward_hook(lambda *_: act(at))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
+    """Let the encoder repeat what it returned in ``run()``, without computing it again.
+
+    An encoder that works for 70 ms jitters by more than the 0.2 ms that are to be recovered; one
+    that repeats itself takes no time, and its hooks, marks and everything around it stay.
+
+    Yields
+    ------
+    bool
+        Whether it is so: not where the projector lies inside the encoder.
+    """
+    encoder = vlm.components.vision_encoder
+    inside = set(encoder.modules())
+    if any(module in inside for module in vlm.components.projector):
+        yield False
+        return
+    outputs: list[Any] = []
+    handle = encoder.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        run()
+    finally:
+        handle.remove()
+    turn = 0
+
+    @functools.wraps(encoder.forward)
+    def forward(*_: Any, **__: Any) -> Any:
+        nonlocal turn
+        turn += 1
+        return outputs[(turn - 1) % len(outputs)]
+
+    encoder.forward = forward
+    try:
+        yield True
+    finally:
+        del encoder.forward
+
+
+def _first_called(modules: tuple[nn.Module, ...]) -> nn.Module:
+    first = modules[0]
+    return first[0] if isinstance(first, nn.ModuleList) else first
+
+
+@contextlib.contextmanager
+def _before_compiled_step(model: Any, act: Callable[[], None]) -> Iterator[None]:
+    original = model.get_compiled_call
+
+    def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        step = original(*args, **kwargs)
+
+        def delayed_step(*args: Any, **kwargs: Any) -> Any:
+            act()
+            return step(*args, **kwargs)
+
+        return delayed_step
+
+    model.get_compiled_call = get_compiled_call
+    try:
+        yield
+    finally:
+        del model.get_compiled_call
