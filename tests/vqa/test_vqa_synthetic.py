@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import chisquare
 
+from vlm_latency.errors import DataError
 from vlm_latency.molmo.tiling import image_token_counts
 from vlm_latency.vqa import QUESTION_COLUMNS, QuestionSource, load_image, open_source
 from vlm_latency.vqa.synthetic import IMAGES, QUESTIONS, _facts
@@ -131,5 +132,7 @@ def test_seeds_and_splits() -> None:
 
 def test_the_smallest_and_the_whole() -> None:
     assert len(open_source(size=1).table) == 5
+    with pytest.raises(DataError, match="at least one synthetic image"):
+        open_source(size=0)
     source = open_source()
     assert (len(source.table), source.describe()["images"]) == (214_354, 40_504)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlm_latency.errors import DataError
 from vlm_latency.vqa.images import noise_recipe
 from vlm_latency.vqa.source import QuestionSource, question_table
 
@@ -43,6 +44,8 @@ def make_source(name: str, split: str, seed: int, images: int | None = None) -> 
     Each image has three questions or more, 5.29 on average; ids are ``image_id * 1000 + n``.
     """
     images = IMAGES if images is None else images
+    if images < 1:
+        raise DataError(f"dataset.size={images}; expected at least one synthetic image")
     questions = round(images * QUESTIONS / IMAGES)
     random = np.random.default_rng([seed, int(split == "train")])
 
