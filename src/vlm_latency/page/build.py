@@ -1,0 +1,392 @@
+"""Build the page: what was asked, what came out, how sure it is, and how to repeat it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from vlm_latency import __version__
+from vlm_latency.options import EXPERIMENTS, PRESETS, Options
+from vlm_latency.page.collect import RESULTS, Study
+from vlm_latency.plots.notation import interval, number
+
+FIGURE_WIDTH = 1800  # pixels; the file at full resolution is linked
+PIXELS_PER_INCH = 100  # on the page
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One number of a study's `statistics` worth reading first."""
+
+    label: str
+    path: tuple[str, ...]
+    unit: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class About:
+    """What a study asks, and where its answer stands."""
+
+    title: str
+    question: str
+    facts: tuple[Fact, ...] = ()
+
+
+ABOUT = {
+    "exp1": About(
+        "Latency distribution",
+        "How is the latency of a request distributed, and what makes its tail?",
+        (
+            Fact("median of T_total (P50)", ("T_total", "P50"), "ms"),
+            Fact("P95 of T_total", ("T_total", "P95"), "ms"),
+            Fact("P99 of T_total", ("T_total", "P99"), "ms"),
+            Fact("P99 / P50", ("T_total", "tail_ratio")),
+            Fact("mean of T_total", ("T_total", "mean"), "ms"),
+            Fact("median of the time to first token", ("T_first_token", "P50"), "ms"),
+            Fact("where the tail comes from", ("variance_budget", "sentence")),
+            Fact("VQA accuracy", ("accuracy",), "%", 100),
+        ),
+    ),
+    "exp2": About(
+        "Components",
+        "Which component holds the parameters, and which takes the time?",
+        (
+            Fact("T_total, mean", ("means", "T_total"), "ms"),
+            Fact("vision encoder, share of T_total", ("shares", "T_vision_encoder"), "%", 100),
+            Fact("projector, share", ("shares", "T_projector"), "%", 100),
+            Fact("LLM prefill, share", ("shares", "T_LLM_prefill"), "%", 100),
+            Fact("LLM decode, share", ("shares", "T_LLM_decode"), "%", 100),
+            Fact("LLM, prefill and decode, share", ("llm_share",), "%", 100),
+            Fact("preprocessing, before T_total", ("means", "T_preprocess"), "ms"),
+        ),
+    ),
+    "exp3": About(
+        "Vision tokens",
+        "How does latency grow with the number of vision tokens?",
+        (
+            Fact("T_total per vision token", ("fits", "T_total", "slope"), "µs", 1000),
+            Fact("prefill per vision token", ("fits", "T_LLM_prefill", "slope"), "µs", 1000),
+            Fact("encoder per crop, told apart", ("encoder_per_crop",), "ms"),
+            Fact("prefill per vision token, told apart", ("prefill_per_token",), "µs", 1000),
+            Fact("exponent of T_total (1 is linear)", ("exponent",)),
+            Fact("straight line?", ("linearity", "verdict")),
+        ),
+    ),
+    "exp4": About(
+        "Language tokens",
+        "How does latency grow with the number of output tokens?",
+        (
+            Fact("decode per output token", ("fits", "T_LLM_decode", "slope"), "ms"),
+            Fact("time to first token", ("prefill",), "ms"),
+            Fact("last decode step / first", ("step_growth",)),
+            Fact("exponent of T_LLM_decode (1 is linear)", ("exponent",)),
+            Fact("lengths that do not fit the model", ("dropped_lengths",)),
+        ),
+    ),
+    "exp5": About(
+        "FLOPs",
+        "Do FLOPs predict latency?",
+        (
+            Fact("R², vision sweep", ("exp3", "r_squared")),
+            Fact("R², language sweep", ("exp4", "r_squared")),
+            Fact("R², both together", ("combined", "r_squared")),
+            Fact("error of FLOPs alone, held out", ("held_out_error", "flops"), "%", 100),
+            Fact("error of tokens", ("held_out_error", "tokens"), "%", 100),
+            Fact("error of the nominal roofline", ("held_out_error", "roofline_nominal"), "%", 100),
+            Fact(
+                "error of the calibrated roofline",
+                ("held_out_error", "roofline_calibrated"),
+                "%",
+                100,
+            ),
+            Fact("verdict", ("verdict",)),
+        ),
+    ),
+    "calibration": About(
+        "Calibration",
+        "How far can these numbers be trusted?",
+        (
+            Fact("error on delays of known length", ("recovery_error",), "%", 100),
+            Fact("instrumented / bare generate()", ("overhead", "ratio")),
+            Fact("bare / bare, the null", ("null", "ratio")),
+            Fact("false alarms between equal runs", ("false_alarms", "share"), "%", 100),
+            Fact("remainder T_other / T_total", ("remainder",), "%", 100),
+        ),
+    ),
+    "predict": About(
+        "Prediction",
+        "How long would a workload take that was not run, and what could pruning win?",
+        (
+            Fact("workload", ("workload",)),
+            Fact("hardware", ("hardware",)),
+            Fact("predicted latency", ("latency",), "ms"),
+        ),
+    ),
+    "compare": About(
+        "Comparison",
+        "Which run is faster, and is the difference certain?",
+        (
+            Fact("verdict", ("verdict",)),
+            Fact("T_total, candidate / baseline", ("components", "T_total", "ratio")),
+            Fact("requests matched", ("n_matched",)),
+        ),
+    ),
+}
+COVERAGE = ("planned", "measured", "failed", "missing")
+
+
+def build_page(found: Mapping[str, Study]) -> str:
+    """Write the page.
+
+    Parameters
+    ----------
+    found : mapping of name to Study
+        What `collect_results` gives. The page lies in ``report/`` beside the studies' folders:
+        its links go there, its figures are in it.
+
+    Returns
+    -------
+    str
+        One HTML file that asks for nothing else: style, scripts and figures are inside.
+    """
+    here = jinja2.PackageLoader("vlm_latency.page", ".")
+    templates = jinja2.Environment(
+        loader=here,
+        autoescape=jinja2.select_autoescape(("j2",)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return templates.get_template("page.html.j2").render(
+        version=__version__,
+        marks=_marks(found),
+        claims=[
+            {"study": name, **claim, "numbers": _numbers(claim.get("numbers"))}
+            for name, study in found.items()
+            for claim in (study.result or {}).get("claims") or []
+        ],
+        studies=[_section(found[name]) for name in RESULTS if name in found],
+        absent=[(name, ABOUT[name]) for name in RESULTS if name not in found],
+        coverage=_coverage(found),
+        environments=_environments(found),
+        calibrated="calibration" in found,
+    )
+
+
+def _marks(found: Mapping[str, Study]) -> list[str]:
+    """Name what a reader must know before believing a number."""
+    marks: dict[str, None] = {}
+    for study in found.values():
+        result = study.result or {}
+        environment = result.get("environment") or {}
+        if (environment.get("dataset") or {}).get("synthetic"):
+            marks["synthetic requests"] = None
+        if (environment.get("model") or {}).get("weights") == "random":
+            marks["random weights"] = None
+        if (result.get("coverage") or {}).get("partial"):
+            marks[f"{study.name} is partial"] = None
+        if (result.get("coverage") or {}).get("failed"):
+            marks[f"{study.name} has failed runs"] = None
+        if result.get("protocol") == "seed":
+            marks["protocol: seed"] = None
+        if study.result is not None and "schema_version" not in study.result:
+            marks[f"{study.name} was not written by this project"] = None
+    return list(marks)
+
+
+def _section(study: Study) -> dict[str, Any]:
+    about, result = ABOUT[study.name], study.result or {}
+    statistics = {**result, **(result.get("statistics") or {})}
+    figures = [
+        {
+            "name": path.stem,
+            **_figure(path),
+            "links": [
+                f"../{f}"
+                for f in study.files
+                if Path(f).stem == path.stem and Path(f).parent.name == "figures"
+            ],
+        }
+        for path in study.figures
+    ]
+    return {
+        "name": study.name,
+        "about": about,
+        "problem": study.problem,
+        "model": _model_name(result),
+        "line": (result.get("environment") or {}).get("line"),
+        "facts": [
+            (fact.label, _written(value, fact.unit, fact.scale), _note(value))
+            for fact in about.facts
+            if (value := _follow(statistics, fact.path)) not in (None, [], "")
+        ],
+        "notes": list(statistics.get("notes") or []),
+        "figures": figures,
+        "tables": [_table(path) for path in study.tables],
+        "options": _flat(result.get("options") or {}),
+        "command": _command(study.name, result.get("options") or {}),
+        "files": [(f"../{file}", file) for file in study.files],
+    }
+
+
+def _model_name(result: Mapping[str, Any]) -> str:
+    model = result.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else model
+    return str(name or "")
+
+
+def _follow(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(key)
+    if isinstance(tree, Mapping) and tree.get("value") is None:
+        return None
+    return tree
+
+
+def _written(value: Any, unit: str = "", scale: float = 1.0) -> str:
+    if isinstance(value, Mapping):
+        return interval(value, unit, scale)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return number(scale * value, 4) + (f" {unit}" if unit else "")
+
+
+def _note(value: Any) -> str:
+    """Say how an interval was made, and what is to be known of it."""
+    if not isinstance(value, Mapping):
+        return ""
+    size = f"n = {value['n']:,}" if value.get("n") else ""
+    return "; ".join(filter(None, (str(value.get("method") or ""), size, value.get("note"))))
+
+
+def _numbers(numbers: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    return [
+        (name, "not measured" if value is None else _written(value), _note(value))
+        for name, value in (numbers or {}).items()
+    ]
+
+
+def _figure(path: Path) -> dict[str, Any]:
+    """Give a PNG as a data address of modest size, and the width at which its text is readable.
+
+    256 colours are enough for a figure and take a quarter of the bytes.
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        inches = image.width / image.info.get("dpi", (300, 300))[0]
+        small = image.convert("RGB")
+        small.thumbnail((FIGURE_WIDTH, 4 * FIGURE_WIDTH), Image.Resampling.LANCZOS)
+        flat = small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        flat.save(buffer, "PNG")
+    data = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"data": data, "width": round(inches * PIXELS_PER_INCH)}
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        return {"name": path.stem, "problem": f"{path.name} cannot be read: {error}"}
+    rows = [
+        [("" if pd.isna(v) else v, "" if pd.isna(v) else _cell(v)) for v in row]
+        for row in table.itertuples(index=False)
+    ]
+    numeric = [pd.api.types.is_numeric_dtype(table[name]) for name in table]
+    columns = list(zip(map(str, table.columns), numeric, strict=True))
+    return {"name": path.stem, "problem": "", "columns": columns, "rows": rows}
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return number(value, 4) if isinstance(value, float) else str(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Write a tree as dotted paths and values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _command(name: str, options: Mapping[str, Any]) -> str:
+    """Give the command that repeats a study: whatever differs from the library's defaults.
+
+    A value with a comma cannot stand on Kedro's command line; it is named in a comment.
+    """
+    if name not in EXPERIMENTS or options.get("protocol") not in PRESETS:
+        return f"kedro run --pipeline {name}"
+    defaults = Options(protocol=options["protocol"]).experiment(name).model_dump(mode="json")
+    given: list[str] = []
+    left: list[str] = []
+    for path, value in _flat(options).items():
+        if path in {"experiment", "output_dir"} or value in (None, _flat(defaults).get(path)):
+            continue
+        own = path.split(".")[0] in {"sampling", "measurement", "flops"}
+        key = f"{name}.{path}" if own else path
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        (left if "," in text else given).append(f"{key}={text}")
+    command = f"kedro run --pipeline {name}"
+    if given:
+        command += f" --params {shlex.quote(','.join(given))}"
+    return command + "".join(f"\n# and in conf/local/parameters.yml: {item}" for item in left)
+
+
+def _coverage(found: Mapping[str, Study]) -> list[dict[str, Any]]:
+    rows = []
+    for study in found.values():
+        coverage = (study.result or {}).get("coverage")
+        if isinstance(coverage, Mapping) and "planned" in coverage:
+            counts = {key: coverage.get(key, 0) for key in COVERAGE}
+            rows.append(
+                {
+                    "study": study.name,
+                    **counts,
+                    "failures": list((coverage.get("failures") or {}).items()),
+                    "outliers": _outliers(study),
+                }
+            )
+    return rows
+
+
+def _outliers(study: Study) -> str:
+    outliers = ((study.result or {}).get("statistics") or {}).get("outliers") or {}
+    causes = ", ".join(f"{cause}: {n}" for cause, n in (outliers.get("causes") or {}).items())
+    return f"{outliers.get('marked', 0)}" + (f" ({causes})" if causes else "")
+
+
+def _environments(found: Mapping[str, Study]) -> dict[str, Any]:
+    """Put the environments side by side; what is equal everywhere is told once."""
+    flats = {
+        name: _flat({k: v for k, v in environment.items() if k not in {"conditions", "line"}})
+        for name, study in found.items()
+        if (environment := (study.result or {}).get("environment"))
+    }
+    keys = list(dict.fromkeys(key for flat in flats.values() for key in flat))
+    same, different = [], []
+    for key in keys:
+        values = [flat.get(key) for flat in flats.values()]
+        if all(value == values[0] for value in values):
+            same.append((key, values[0]))
+        else:
+            different.append((key, values))
+    return {"studies": list(flats), "same": same, "different": different}

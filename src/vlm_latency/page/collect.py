@@ -1,0 +1,87 @@
+"""Find results by their known names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Study -> the name of its JSON file, in the order in which a reader wants them.
+RESULTS = {
+    "exp1": "exp1_latency_distribution",
+    "exp2": "exp2_component_profiling",
+    "exp3": "exp3_vision_tokens_vs_latency",
+    "exp4": "exp4_language_tokens_vs_latency",
+    "exp5": "exp5_flops_vs_latency",
+    "calibration": "calibration",
+    "predict": "predict",
+    "compare": "compare",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What lies on disk of one experiment or analysis.
+
+    Parameters
+    ----------
+    name : str
+        "exp1" … "exp5", "calibration", "predict", "compare".
+    result : dict or None
+        Its JSON file; None when it cannot be read, and `problem` then says why.
+    figures : tuple of Path
+        Its PNG files; a PDF of the same name may lie beside each.
+    tables : tuple of Path
+        Its CSV files.
+    files : tuple of str
+        All of its files, relative to the results folder.
+    """
+
+    name: str
+    result: dict[str, Any] | None
+    figures: tuple[Path, ...] = ()
+    tables: tuple[Path, ...] = ()
+    files: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def collect_results(root: str | Path) -> dict[str, Study]:
+    """Read the results under a folder; what was not run is absent.
+
+    A file that cannot be read does not hide the others: its study says so.
+    """
+    root = Path(root)
+    found = {}
+    for name, stem in RESULTS.items():
+        folder = root / name
+        path = folder / f"{stem}.json"
+        if not path.is_file():
+            continue
+        result, problem = _read(path)
+        figures = tuple(sorted((folder / "figures").glob("*.png")))
+        tables = tuple(sorted((folder / "tables").glob("*.csv")))
+        beside = sorted(p for p in folder.glob("*") if p.is_file() and p != path)
+        drawn = [p for figure in figures for p in (figure, figure.with_suffix(".pdf"))]
+        written = [p for table in tables for p in (table, table.with_suffix(".tex"))]
+        files = [p for p in (path, *beside, *drawn, *written) if p.is_file()]
+        found[name] = Study(
+            name,
+            result,
+            figures,
+            tables,
+            tuple(p.relative_to(root).as_posix() for p in files),
+            problem,
+        )
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, f"{path.name} cannot be read: {error}"
+    if not isinstance(result, dict):
+        kind = type(result).__name__
+        return None, f"{path.name} holds a {kind}; expected an object with results"
+    return result, ""
