@@ -67,7 +67,7 @@ def summary(values):
         "P99": estimate(
             p99, 0.1, high=None, note="the upper bound of P99 needs n >= 368 (found 200)"
         ),
-        "tail_ratio": estimate(p99 / p50, 0.1),
+        "tail_ratio": estimate(p99 / p50, 0.1) if p50 else None,
     }
 
 

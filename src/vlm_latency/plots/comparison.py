@@ -58,13 +58,13 @@ def ratios(
         )
         plot = axes["ratios"]
         headline(plot, "Ratio with its 95 % interval")
-        shown = 0
+        shown = []
         for i, (run, result) in enumerate(comparisons.items()):
             for j, name in enumerate(names):
                 entry = result.get("components", {}).get(name)
                 if entry is None or not ends(entry["ratio"])[0] > 0:
                     continue
-                shown += 1
+                shown.append(ends(entry["ratio"])[0])
                 y = j + (i - (count - 1) / 2) * 0.7 / count
                 value = ends(entry["ratio"])[0]
                 colour = VERDICTS.get(entry["verdict"], MUTED)
@@ -92,8 +92,7 @@ def ratios(
             return figure
         plot.axvspan(1 - margin, 1 + margin, color="black", alpha=0.1, lw=0, label="margin")
         plot.axvline(1, color="black", linewidth=0.8)
-        low, high = plot.get_xlim()
-        if low > 0 and high / low > 10:
+        if max(shown) / min(shown) > 5:
             plot.set_xscale("log", base=2)
             plot.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         plot.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])

@@ -99,10 +99,9 @@ def latency_components(
     shares = statistics.get("shares") or {}
     with style.applied():
         title = f"{context.model}: {interval(means.get('T_total'), 'ms')} per request"
-        if parts:
-            first = max(parts, key=lambda name: ends(means[name])[0])
-            part = f", {interval(shares.get(first), '%', 100)} of it" if first in shares else ""
-            title += f"{part} in {_called(first)}"
+        first = max(parts, key=lambda name: ends(means[name])[0], default=None)
+        if first in shares:
+            title += f", {interval(shares[first], '%', 100)} of it in {_called(first)}"
         title += f" (mean of n = {statistics['n']:,})"
         figure, axes = panels(
             style, context, title, [["pie", "bars"]], widths=[1.0, 1.75], panel=(4.2, 3.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ def _histogram(
         if isinstance(statistic, Mapping) and statistic.get("note"):
             notes.append(str(statistic["note"]))
     axes.set(xlabel=f"{name} (ms)", ylabel="requests")
-    needs = [note.partition(" (found")[0].replace(">=", "≥") for note in notes]
+    said = [note.partition(" (found")[0].replace(">=", "≥") for note in dict.fromkeys(notes)]
+    needs = [line for note in said for line in textwrap.wrap(note, 40)]
     headroom(axes, 3 + len(needs))
     axes.legend(loc="upper right", title="\n".join(needs) or None, alignment="left")
     return None

@@ -81,7 +81,7 @@ def flops_vs_latency(
 
 
 def _title(statistics: Mapping[str, Any], context: FigureContext) -> str:
-    title = f"{context.model}: "
+    said = []
     regimes = {
         name: ends(value)[0]
         for name, value in (statistics.get("ms_per_tflop") or {}).items()
@@ -89,17 +89,16 @@ def _title(statistics: Mapping[str, Any], context: FigureContext) -> str:
     }
     if {"encoder", "decode"} <= set(regimes):
         ratio = regimes["decode"] / regimes["encoder"]
-        title += f"a TFLOP of decode costs {number(ratio)} times one of the encoder; "
+        said.append(f"a TFLOP of decode costs {number(ratio)} times one of the encoder")
     errors = statistics.get("held_out_error") or {}
     if "flops" in errors:
-        title += f"FLOPs alone miss by {interval(errors['flops'], '%', 100)}"
-        if "roofline_calibrated" in errors:
-            title += (
-                f", the calibrated roofline by {interval(errors['roofline_calibrated'], '%', 100)}"
-            )
-    elif statistics.get("combined"):
-        title += f"R² of FLOPs over both sweeps: {interval(statistics['combined']['r_squared'])}"
-    return title
+        said.append(f"FLOPs alone miss by {interval(errors['flops'], '%', 100)}")
+    if "roofline_calibrated" in errors:
+        calibrated = interval(errors["roofline_calibrated"], "%", 100)
+        said.append(f"the calibrated roofline by {calibrated}")
+    if not errors and statistics.get("combined"):
+        said.append(f"R² over both sweeps is {interval(statistics['combined']['r_squared'])}")
+    return f"{context.model}: {', '.join(said) or 'latency against FLOPs'}"
 
 
 def _scatter(

@@ -52,14 +52,15 @@ def language_tokens_vs_latency(
     """
     rows = ok_rows(records)
     fits = statistics["fits"]
+    said = []
+    if fits.get("T_LLM_decode"):
+        said.append(f"each output token takes {interval(fits['T_LLM_decode']['slope'], 'ms')}")
+    if statistics.get("step_growth") is not None:
+        said.append(f"the last step takes {interval(statistics['step_growth'])} × the first")
+    if dropped := statistics.get("dropped_lengths"):
+        said.append(f"{', '.join(map(str, dropped))} tokens do not fit the model: left out")
+    title = f"{context.model}: {'; '.join(said) or 'latency against output tokens'}"
     with style.applied():
-        title = f"{context.model}: "
-        if fits.get("T_LLM_decode"):
-            title += f"each output token takes {interval(fits['T_LLM_decode']['slope'], 'ms')}"
-        if statistics.get("step_growth") is not None:
-            title += f"; the last step takes {interval(statistics['step_growth'])} × the first"
-        if dropped := statistics.get("dropped_lengths"):
-            title += f"; {', '.join(map(str, dropped))} tokens do not fit the model: left out"
         figure, axes = panels(
             style, context, title, [["decode", "total"], ["stack", "steps"]], panel=(5.0, 3.1)
         )
@@ -129,6 +130,8 @@ def _stack(axes: Axes, lengths: list[Mapping[str, Any]]) -> None:
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="output tokens (on top: share of decode)", ylabel="mean latency (ms)")
     axes.margins(y=0.1)
+    if totals[0] > 0.4 * np.nanmax(totals):  # the legend would lie on the first bars
+        headroom(axes, len(parts))
     axes.legend(loc="upper left", reverse=True)
     return None
 

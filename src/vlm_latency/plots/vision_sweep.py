@@ -58,19 +58,20 @@ def vision_tokens_vs_latency(
     unit = "patch" if style.vision_axis == "patches" else "token"
     x = column(rows, f"num_vision_{style.vision_axis}")
     fits = statistics["fits"]
+    said = []
+    if fits.get("T_total"):
+        slope = interval(fits["T_total"]["slope"], "µs", 1000)
+        said.append(f"each vision {unit} costs {slope} of T_total")
+    crops, tokens = (statistics.get(k) for k in ("encoder_per_crop", "prefill_per_token"))
+    if crops is not None and tokens is not None:
+        said.append(
+            f"told apart, a crop costs the encoder {interval(crops, 'ms')} and a token the "
+            f"prefill {interval(tokens, 'µs', 1000)}"
+        )
+    if statistics.get("exponent") is not None:
+        said.append(f"exponent {interval(statistics['exponent'])}")
+    title = f"{context.model}: {'; '.join(said) or f'latency against vision {unit}s'}"
     with style.applied():
-        title = f"{context.model}: "
-        if fits.get("T_total"):
-            slope = fits["T_total"]["slope"]
-            title += f"each vision {unit} costs {interval(slope, 'µs', 1000)} of T_total"
-        crops, tokens = (statistics.get(k) for k in ("encoder_per_crop", "prefill_per_token"))
-        if crops is not None and tokens is not None:
-            title += (
-                f"; told apart, a crop costs the encoder {interval(crops, 'ms')} and a token the "
-                f"prefill {interval(tokens, 'µs', 1000)}"
-            )
-        if statistics.get("exponent") is not None:
-            title += f"; exponent {interval(statistics['exponent'])}"
         figure, axes = panels(style, context, title, [list(PANELS)])
         for name, (heading, columns) in PANELS.items():
             headline(axes[name], f"{heading} against vision {style.vision_axis}")
