@@ -145,8 +145,8 @@ MEASURED_COLUMNS: dict[str, str] = {
 
 def with_hashes(requests: pd.DataFrame) -> pd.DataFrame:
     """Give each request the hash of its content, by which the journal knows it again."""
-    content = requests[list(_CONTENT)].astype("string").fillna("\0")
-    lines = content.agg("\x1f".join, axis=1) if len(content) else pd.Series([], dtype="string")
+    columns = [requests[name].astype("string").fillna("\0").tolist() for name in _CONTENT]
+    lines = map("\x1f".join, zip(*columns, strict=True))
     hashes = [hashlib.sha256(line.encode()).hexdigest()[:16] for line in lines]
     return typed(requests.assign(request_sha256=hashes), REQUEST_COLUMNS)
 

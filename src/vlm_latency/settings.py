@@ -1,8 +1,13 @@
 """Kedro's project settings."""
 
+import warnings
+
 from kedro.config import OmegaConfigLoader
 
 from vlm_latency.hooks import ProjectHooks
+
+# Kedro and we speak to omegaconf 2.3 and newer alike; nobody can act on its advice.
+warnings.filterwarnings("ignore", message="register_new_resolver")
 
 HOOKS = (ProjectHooks(),)
 CONFIG_LOADER_CLASS = OmegaConfigLoader

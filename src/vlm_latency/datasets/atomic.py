@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from kedro_datasets._typing import JSONPreview, TablePreview
 
 from vlm_latency.errors import DataError
 from vlm_latency.results import read_json
+from vlm_latency.statistics import plain
 
 
 @contextmanager
@@ -56,21 +56,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def plain(value: Any) -> Any:
-    """Make a value that JSON can hold: not-a-number and infinities become ``null``."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if value is None or value is pd.NA:
-        return None
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
 
 
 class FileDataset(AbstractDataset):

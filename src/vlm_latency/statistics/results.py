@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return None if type(value).__name__ == "NAType" else value  # pandas is not imported for this
 
 
 class Result:

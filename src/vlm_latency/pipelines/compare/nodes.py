@@ -48,7 +48,9 @@ def compare_runs(
     differences = {run.name: environment_differences(baseline, run) for run in candidates}
     found = {name: comparison.to_dict() for name, comparison in comparisons.items()}
     marks = tuple(
-        f"{name}: another {', '.join(differing)}" for name, differing in differences.items() if differing
+        f"{name}: another {', '.join(differing)}"
+        for name, differing in differences.items()
+        if differing
     )
     context = FigureContext(
         environment_line=f"baseline {baseline.name}: {_line(baseline)}", marks=marks, model=""
@@ -104,7 +106,13 @@ def environment_differences(baseline: Run, run: Run) -> dict[str, list[Any]]:
     """
     before, after = _conditions(baseline), _conditions(run)
     if not before or not after:
-        return {} if before == after else {"conditions": ["recorded" if side else "not recorded" for side in (before, after)]}
+        return (
+            {}
+            if before == after
+            else {
+                "conditions": ["recorded" if side else "not recorded" for side in (before, after)]
+            }
+        )
     return {
         name: [before.get(name), after.get(name)]
         for name in sorted({*before, *after})

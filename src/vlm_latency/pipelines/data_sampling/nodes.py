@@ -30,9 +30,7 @@ def draw_requests(
     return with_hashes(_draw(options, questions, model))
 
 
-def _draw(
-    options: ExperimentOptions, questions: QuestionSource, model: Model
-) -> pd.DataFrame:
+def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -> pd.DataFrame:
     """Draw them; of the model only its tiling matters: exp3 asks for grids where there are any."""
     from vlm_latency import vqa
 

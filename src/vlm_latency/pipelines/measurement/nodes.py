@@ -124,7 +124,8 @@ def collect(
     Returns
     -------
     measurements : DataFrame
-        Columns ``records.MEASURED_COLUMNS``, one row per run, in the order of measuring.
+        Columns ``records.MEASURED_COLUMNS`` and ``outlier``, ``outlier_cause``; one row per run, in
+        the order of measuring.
     coverage : dict
         How many runs were planned, measured and failed, and what the commands said at their end.
 
@@ -159,7 +160,9 @@ def collect(
         "failures": {str(reason): int(count) for reason, count in reasons.items()},
         "sessions": journal.sessions(environment["fingerprint"]),
     }
-    return runs, coverage
+    from vlm_latency.statistics import mark_outliers
+
+    return runs.join(mark_outliers(runs)), coverage
 
 
 def _planned(requests: pd.DataFrame, order: pd.DataFrame) -> pd.DataFrame:

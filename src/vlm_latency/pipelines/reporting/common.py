@@ -16,7 +16,24 @@ if TYPE_CHECKING:
     from vlm_latency.plots.style import FigureContext
     from vlm_latency.statistics import Estimate
 
-_NOT_AVERAGED = {"run_index", "order_index", "block_index", "seed"}
+# What belongs to a run and means nothing of a request.
+_OF_A_RUN = {
+    "experiment",
+    "run_index",
+    "order_index",
+    "block_index",
+    "started_at",
+    "fingerprint",
+    "worker",
+    "status",
+    "error",
+    "first_of_shape",
+    "throttle_reasons",
+    "outlier",
+    "outlier_cause",
+    "decode_step_ms",
+    "seed",
+}
 MEANS = ("T_preprocess", "T_total", "T_first_token", "T_vision_total", *COMPONENTS)
 
 
@@ -25,30 +42,27 @@ def succeeded(records: pd.DataFrame) -> pd.DataFrame:
     return records[records["status"] == "ok"].reset_index(drop=True)
 
 
-def entries(records: pd.DataFrame) -> pd.DataFrame:
+def entries(records: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
     """Average the runs of each request, as the seed's files have it.
 
     Returns
     -------
     DataFrame
-        One row per request, indexed by ``request_id`` in the order of the first run; numbers are
-        means over the runs, texts are the first run's; what was not measured is missing.
+        One row per request that succeeded at least once, indexed by ``request_id`` in the order
+        of the requests; numbers are means over the runs, texts are the first run's; what was not
+        measured is missing.
     """
-    groups = succeeded(records).groupby("request_id", sort=False)
-    numbers = [
-        name
-        for name in records.select_dtypes("number").columns
-        if name not in _NOT_AVERAGED and not name.endswith("_id")
-    ]
-    texts = [name for name in records.columns if name not in {*numbers, "decode_step_ms", "status"}]
-    table = groups[[name for name in texts if name != "request_id"]].first()
+    shown = succeeded(records).drop(columns=_OF_A_RUN & set(records.columns))
+    groups = shown.groupby("request_id")
+    numbers = [name for name in shown.select_dtypes("number").columns if not name.endswith("_id")]
+    texts = [name for name in shown.columns if name not in {*numbers, "request_id"}]
     means = groups[numbers].mean().astype("Float64")
-    counts = [name for name in numbers if name.startswith(("num_", "image_", "tiling_", "max_new"))]
-    for name in counts:  # a count is the same in every run, and stays a whole number
+    for name in numbers:  # a count is the same in every run, and stays a whole number
         whole = means[name].round()
-        if (means[name] == whole).fillna(True).all():
+        if shown[name].dtype.kind in "iu" and (means[name] == whole).fillna(True).all():
             means[name] = whole.astype("Int64")
-    return table.join(means).assign(num_runs=groups.size())
+    table = groups[texts].first().join(means).assign(num_runs=groups.size())
+    return table.reindex([name for name in requests["request_id"] if name in table.index])
 
 
 def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
@@ -62,8 +76,7 @@ def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> l
         Entry key → column, for keys that are called otherwise in the records.
     """
     renamed = table.reset_index().rename(columns={old: new for new, old in (columns or {}).items()})
-    hidden = {"experiment", "fingerprint", "started_at", "error", "worker", "order_index"}
-    shown = renamed[[name for name in renamed.columns if name not in hidden]].astype(object)
+    shown = renamed.astype(object)
     return [dict(row) for row in shown.where(shown.notna(), None).to_dict("records")]
 
 

@@ -80,7 +80,7 @@ def report(
 
 def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict[str, Any]]:
     """Give the seed's entries of exp1 and exp2: one per question, with what was asked."""
-    table = common.entries(records)
+    table = common.entries(records, requests)
     asked = requests.set_index("request_id").loc[table.index]
     table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
     table["question"] = asked["question"]

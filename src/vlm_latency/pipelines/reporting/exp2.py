@@ -57,7 +57,7 @@ def report(
     claims = [
         st.llm_bottleneck_claim(parameters["params_llm"] / parameters["params_total"], llm),
     ]
-    numbers = common.entries(records).select_dtypes("number").mean()
+    numbers = common.entries(records, requests).select_dtypes("number").mean()
     result = {
         "results": entries,
         "average_latencies": {str(name): value for name, value in numbers.items()},

@@ -19,6 +19,7 @@ FITTED = ("T_total", "T_first_token", "T_vision_encoder", "T_projector", "T_LLM_
 def report(
     options: ExperimentOptions,
     records: pd.DataFrame,
+    requests: pd.DataFrame,
     coverage: dict[str, Any],
     environment: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
@@ -73,7 +74,7 @@ def report(
         st.vision_sublinear_claim(exponent.exponent if exponent else None),
         st.prefill_grows_claim(st.Estimate(**slope) if slope else None),
     ]
-    table = common.entries(records)
+    table = common.entries(records, requests)
     result = {
         "results": common.entry_dicts(table),
         **common.frame(options, environment, coverage, found, claims),

@@ -23,6 +23,7 @@ FITTED = ("T_LLM_decode", "T_total")
 def report(
     options: ExperimentOptions,
     records: pd.DataFrame,
+    requests: pd.DataFrame,
     coverage: dict[str, Any],
     environment: dict[str, Any],
     model: Model,
@@ -72,7 +73,7 @@ def report(
         rows, found, common.context(options, environment, coverage), Style.of(options.figures)
     )
     claims = [st.language_linear_claim(exponent.exponent if exponent else None, growth)]
-    table = common.entries(records)
+    table = common.entries(records, requests)
     result = {
         "results": common.entry_dicts(table, {"query_id": "question_id"}),
         "use_eos_token": options.sampling.use_eos_token,

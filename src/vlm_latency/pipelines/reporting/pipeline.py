@@ -8,8 +8,8 @@ from vlm_latency.pipelines.reporting import nodes
 EVIDENCE = {
     "exp1": ["records", "requests", "coverage", "environment"],
     "exp2": ["records", "requests", "coverage", "environment", "model"],
-    "exp3": ["records", "coverage", "environment"],
-    "exp4": ["records", "coverage", "environment", "model"],
+    "exp3": ["records", "requests", "coverage", "environment"],
+    "exp4": ["records", "requests", "coverage", "environment", "model"],
     "exp5": ["vision", "language", "ceilings"],
 }
 # The figures of each experiment, under the seed study's names.
@@ -46,7 +46,5 @@ def create_page(results: list[str]) -> Pipeline:
         Datasets that must be on disk first.
     """
     made = {name.replace(".", "_"): name for name in results}
-    publish = node(
-        nodes.publish, inputs=["results_folder", *made], outputs="page", name="publish"
-    )
+    publish = node(nodes.publish, inputs=["results_folder", *made], outputs="page", name="publish")
     return Pipeline([publish], inputs=made)
