@@ -62,7 +62,9 @@ def _pipelines() -> dict[str, Pipeline]:
 def _study(*experiments: str) -> Pipeline:
     """Chain experiments: each is measured when the results of the one before are on disk."""
     before = dict(zip(experiments[1:], experiments, strict=False))
-    parts = [_experiment(name, before.get(name), chained="exp3" in experiments) for name in experiments]
+    parts = [
+        _experiment(name, before.get(name), chained="exp3" in experiments) for name in experiments
+    ]
     page = reporting.create_page([f"{name}.result" for name in experiments])
     return sum(parts, calibration.ceilings()) + page
 
