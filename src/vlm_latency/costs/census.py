@@ -314,7 +314,7 @@ def _weights(root: Any, excluded: Sequence[Any] = ()) -> int:
 def _file(tally: Tally, path: str, module: Any, unit: str, unknown: list[str]) -> None:
     """File the module's own parameters (not its children's) under a unit."""
     kind = type(module).__name__
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if hasattr(module, "in_features"):
         tally.linear(unit, module.in_features, module.out_features)
     elif kind.startswith("Conv"):

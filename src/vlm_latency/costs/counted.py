@@ -57,6 +57,8 @@ class ShapesOnly(TorchDispatchMode):
         on_meta = any(tensor.is_meta for tensor in tensors)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta" if on_meta else "cpu")}
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _as_positions(args[1]))
         if on_meta and not all(tensor.is_meta for tensor in tensors):
             args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
@@ -176,42 +178,53 @@ class Counter:
     def prefill_flops(self, lengths: Iterable[int]) -> dict[int, int]:
         """FLOPs of prefill at each prompt length."""
         lengths = sorted(set(lengths))
-        curve = _polynomial(lambda n: self.prefill(n).flops, 2, lengths, start=2)
+        curve = _polynomial(lambda n: self.prefill(n).flops, 2, lengths)
         return {tokens: curve(tokens) for tokens in lengths}
 
     def decode_flops(self, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
         """FLOPs of all decode forwards, for each (prompt length, number of decode forwards)."""
         pairs = sorted(set(pairs))
-        longest = max((prompt + steps for prompt, steps in pairs), default=0)
-        seen: list[range] = [range(1, longest + 1)]  # keys seen by a step, itself included
-        if self.window and self.window < longest:
-            seen = [range(1, self.window + 1), range(self.window + 1, longest + 1)]
-        curves = [
-            _polynomial(lambda n: self.step(n - 1).flops, 1, keys, start=max(keys.start, 2))
-            for keys in seen
-        ]
+        written = [(prompt, steps) for prompt, steps in pairs if steps]
+        # Keys seen by a step, itself included; a sliding layer's line breaks at its window.
+        first = min((prompt + 1 for prompt, _ in written), default=1)
+        last = max((prompt + steps for prompt, steps in written), default=0)
+        turn = min(max(self.window or last, first - 1), last)
+        seen = [range(first, turn + 1), range(turn + 1, last + 1)]
+        curves = [_polynomial(lambda keys: self.step(keys - 1).flops, 1, wanted) for wanted in seen]
         sums = {}
         for prompt, steps in pairs:
             flops = 0
             for keys, curve in zip(seen, curves, strict=True):
-                first = max(prompt + 1, keys.start)
-                last = min(prompt + steps, keys.stop - 1)
-                if first <= last:
+                low = max(prompt + 1, keys.start)
+                high = min(prompt + steps, keys.stop - 1)
+                if low <= high:
                     # The sum of a line is its middle times the number of points.
-                    flops += (curve(first) + curve(last)) * (last - first + 1) // 2
+                    flops += (curve(low) + curve(high)) * (high - low + 1) // 2
             sums[prompt, steps] = flops
         return sums
 
 
-def _polynomial(
-    count: Callable[[int], int], degree: int, wanted: Sequence[int], start: int
-) -> Callable[[int], int]:
-    """The polynomial through counts at start, start + 1, …, confirmed at the longest wanted.
+def _as_positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks that have values as the positions they select: a mask without them has no count."""
+    positions: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            positions += index.nonzero().unbind(-1)
+        else:
+            positions.append(index)
+    return positions
 
-    Newton's forward differences keep it in whole numbers.
+
+def _polynomial(
+    count: Callable[[int], int], degree: int, wanted: Sequence[int]
+) -> Callable[[int], int]:
+    """The polynomial through the counts at the first lengths, confirmed at the last one wanted.
+
+    Newton's forward differences keep it in whole numbers. Few wanted are counted one by one.
     """
-    if not wanted:
-        return lambda n: 0
+    if len(wanted) <= degree + 1:
+        return {n: count(n) for n in wanted}.__getitem__
+    start, last = wanted[0], wanted[-1]
     values = [count(start + i) for i in range(degree + 1)]
     differences = []
     while values:
@@ -219,18 +232,12 @@ def _polynomial(
         values = [after - before for before, after in pairwise(values)]
 
     def curve(n: int) -> int:
-        steps = n - start  # negative below the start, where the formula holds as well
-        falling = (math.prod(steps - j for j in range(i)) for i in range(degree + 1))
-        return sum(
-            f * difference // math.factorial(i)
-            for i, (f, difference) in enumerate(zip(falling, differences, strict=True))
-        )
+        return sum(math.comb(n - start, i) * value for i, value in enumerate(differences))
 
-    longest = max(wanted)
-    if curve(longest) != count(longest):
+    if curve(last) != count(last):
         raise AssertionError(
-            f"counted FLOPs are no polynomial of degree {degree} in the length: "
-            f"{count(longest)} at {longest}, expected {curve(longest)}"
+            f"counted FLOPs are no polynomial of degree {degree} in the length: {count(last)} at "
+            f"{last}, expected {curve(last)}"
         )
     return curve
 

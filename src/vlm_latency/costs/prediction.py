@@ -1,0 +1,473 @@
+"""Latency from costs: what predicts it, how well, and what a workload would take.
+
+Four predictors of T_total are compared on held-out shapes (`predictors`): FLOPs alone, tokens, the
+roofline at the hardware's ceilings as they are, and the roofline calibrated. The last learns, for
+each part, how many milliseconds one millisecond at the ceiling really takes: a coefficient each
+for compute, memory and launches, none below zero. Its parts add up to the prediction, so that a
+latency comes with its composition (`calibrate_predictor`, `predict_workload`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from vlm_latency.costs.bytes_moved import element_bytes
+from vlm_latency.costs.hardware import Hardware
+from vlm_latency.costs.model import CostModel
+from vlm_latency.costs.roofline import roofline_ms
+from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
+from vlm_latency.errors import UserError
+
+# Where a pruned vision token stops to cost.
+PLACES = ("before the encoder", "after the projector", "at decoder layer")
+
+# What tells one shape from another; runs of one shape are held out together.
+SHAPE = ("num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens")
+
+_PART_TERMS = tuple((part, term) for part in PARTS for term in ("compute", "memory", "launch"))
+_OTHER_TERMS = (("other", "constant"), ("other", "step"))
+TERMS = _PART_TERMS + _OTHER_TERMS
+_TIMES = {**{part: TIMES[part] for part in PARTS}, "other": "T_other"}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts latency on one device from costs; see `calibrate_predictor`.
+
+    Attributes
+    ----------
+    coefficients : mapping of (part, term) to float
+        Measured per ceiling milliseconds; of ``other``, milliseconds. None: the roofline as it is.
+    hardware : Hardware
+    dtype : str
+    low, high : float or None
+        95 % of the held-out latencies were between low × and high × their prediction.
+    median_error, mape : float or None
+        Of |prediction / measured − 1| on held-out shapes.
+    n, num_shapes : int
+        Entries and shapes it was calibrated on.
+    calibrated_on : str or None
+        The device, where it is not `hardware`: then the interval is no guarantee.
+    """
+
+    coefficients: Mapping[tuple[str, str], float] | None
+    hardware: Hardware
+    dtype: str
+    low: float | None = None
+    high: float | None = None
+    median_error: float | None = None
+    mape: float | None = None
+    n: int = 0
+    num_shapes: int = 0
+    calibrated_on: str | None = None
+
+    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Predict each row of a table with `cost_columns`.
+
+        Returns
+        -------
+        DataFrame
+            Milliseconds: ``T_vision_encoder``, ``T_projector``, ``T_LLM_prefill``,
+            ``T_LLM_decode``, ``T_other``, ``T_total``, and ``T_total_low``, ``T_total_high``
+            (NaN without a calibration).
+        """
+        terms = roofline_terms(table, self.hardware, self.dtype)
+        times: dict[str, Any] = {}
+        for part, column in _TIMES.items():
+            if self.coefficients is not None:
+                own = [key for key in TERMS if key[0] == part]
+                times[column] = sum(terms[key] * self.coefficients[key] for key in own)
+            elif part == "other":
+                times[column] = np.zeros(len(table))
+            else:
+                compute, memory, launch = (
+                    terms[part, name] for name in ("compute", "memory", "launch")
+                )
+                times[column] = np.maximum(compute, memory) + launch
+        total = sum(times.values())
+        times["T_total"] = total
+        times["T_total_low"] = total * (np.nan if self.low is None else self.low)
+        times["T_total_high"] = total * (np.nan if self.high is None else self.high)
+        return pd.DataFrame(times, index=table.index)
+
+    def on(self, hardware: Hardware) -> Predictor:
+        """The same shares of the ceilings, on another device."""
+        return replace(self, hardware=hardware, calibrated_on=self.hardware.name)
+
+
+def roofline_terms(
+    table: pd.DataFrame, hardware: Hardware, dtype: str
+) -> dict[tuple[str, str], np.ndarray]:
+    """Milliseconds that each part's compute, bytes and launches take at the ceilings.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Per part ``flops_*_analytic`` (else ``flops_*``), ``bytes_*``, ``launches_*``; and
+        ``num_output_tokens``.
+
+    Returns
+    -------
+    dict
+        By (part, "compute" | "memory" | "launch"), and for what is outside the parts
+        ("other", "constant") and ("other", "step"): 1, and the number of decode steps.
+    """
+    wanted = [f"{name}_{part}" for name in ("flops", "bytes", "launches") for part in PARTS]
+    absent = [name for name in (*wanted, "num_output_tokens") if name not in table]
+    if absent:
+        raise UserError(
+            f"no columns {', '.join(absent)} found, which the roofline needs; run the experiment "
+            "again so that its results have them"
+        )
+    terms: dict[tuple[str, str], np.ndarray] = {}
+    for part in PARTS:
+        exact = f"flops_{part}_analytic"
+        flops = _floats(table, exact if exact in table else f"flops_{part}")
+        terms[part, "compute"] = flops / hardware.peak(dtype) * 1e3
+        terms[part, "memory"] = _floats(table, f"bytes_{part}") / hardware.bytes_per_s * 1e3
+        overhead = hardware.launch_overhead_us / 1e3
+        terms[part, "launch"] = _floats(table, f"launches_{part}") * overhead
+    terms["other", "constant"] = np.ones(len(table))
+    terms["other", "step"] = np.maximum(_floats(table, "num_output_tokens") - 1, 0)
+    return terms
+
+
+def predictors(
+    entries: pd.DataFrame, hardware: Hardware, dtype: str
+) -> dict[str, tuple[np.ndarray, Callable[..., Any]]]:
+    """What each of the four predictors looks at, and how it is fitted: for `cross_validate`.
+
+    Parameters
+    ----------
+    entries : DataFrame
+        Measured requests: ``T_total``, the four token counts, and the columns of `cost_columns`.
+        ``flops_total`` may be any estimator's. Where all parts' times are there the calibrated
+        roofline is fitted part by part, else on the total.
+    hardware : Hardware
+        Its ceilings.
+    dtype : str
+
+    Returns
+    -------
+    dict
+        ``flops``, ``tokens``, ``roofline_nominal`` and ``roofline_calibrated``: (X, fit) each,
+        where ``fit(X, y)`` has ``predict(X)``. The roofline's are left out where the entries
+        have no bytes or launches (results of others).
+    """
+    from vlm_latency.statistics import AsGiven, nnls_relative_fit
+
+    ones = np.ones(len(entries))
+    vision, total = _floats(entries, "num_vision_tokens"), _floats(entries, "num_total_tokens")
+    found: dict[str, tuple[np.ndarray, Callable[..., Any]]] = {
+        "flops": (np.column_stack([ones, _floats(entries, "flops_total")]), nnls_relative_fit),
+        "tokens": (
+            np.column_stack([ones, vision, total - vision, _floats(entries, "num_output_tokens")]),
+            nnls_relative_fit,
+        ),
+    }
+    try:
+        terms = roofline_terms(entries, hardware, dtype)
+    except UserError:
+        return found
+    nominal = Predictor(None, hardware, dtype).predict(entries)["T_total"].to_numpy()
+    found["roofline_nominal"] = (nominal[:, None], AsGiven.fit)
+    X = np.column_stack([terms[key] for key in TERMS])
+    if set(_TIMES.values()) <= set(entries) and entries[[*_TIMES.values()]].notna().all(axis=None):
+        # The measured parts travel with the features, to be fitted and not to be predicted from.
+        times = [_floats(entries, column) for column in _TIMES.values()]
+        found["roofline_calibrated"] = (np.column_stack([X, *times]), _PartwiseFit)
+    else:
+        found["roofline_calibrated"] = (X, nnls_relative_fit)
+    return found
+
+
+def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -> Predictor:
+    """Learn what a millisecond at the ceiling really takes, and how far predictions go astray.
+
+    Parameters
+    ----------
+    entries : DataFrame
+        Measured requests or runs, of several shapes, with times of all parts and `cost_columns`.
+    hardware : Hardware
+    dtype : str
+
+    Raises
+    ------
+    UserError
+        Where columns are missing, or there are fewer than three shapes.
+    """
+    from vlm_latency.statistics import cross_validate
+
+    absent = [column for column in (*_TIMES.values(), "T_total") if column not in entries]
+    if absent:
+        raise UserError(f"no columns {', '.join(absent)} found, which a calibration needs")
+    entries = entries.dropna(subset=[*_TIMES.values(), "T_total", *SHAPE])
+    groups = entries.groupby(list(SHAPE)).ngroup().to_numpy()
+    if len(set(groups)) < 3:
+        raise UserError(
+            f"{len(set(groups))} shapes with the times of all parts found; a calibration needs 3: "
+            'run "kedro run --pipeline phase2" with measurement.method=timeline'
+        )
+    name = "roofline_calibrated"
+    looked_at = predictors(entries, hardware, dtype)
+    if name not in looked_at:
+        roofline_terms(entries, hardware, dtype)  # says what is missing
+    X, fit = looked_at[name]
+    y = _floats(entries, "T_total")
+    held_out = cross_validate(groups, {name: (X, fit)}, y)
+    unit = held_out.interval(name, 1.0)
+    error = held_out.median_error[name].value, held_out.mape[name].value
+    coefficients = dict(zip(TERMS, map(float, fit(X, y).coefficients), strict=True))
+    return Predictor(
+        coefficients,
+        hardware,
+        dtype,
+        low=unit.low,
+        high=unit.high,
+        median_error=error[0],
+        mape=error[1],
+        n=len(entries),
+        num_shapes=held_out.n_groups,
+    )
+
+
+class _PartwiseFit:
+    """Non-negative least squares of each part's time, in shares of the request's whole time."""
+
+    def __init__(self, X: np.ndarray, y: np.ndarray) -> None:
+        from scipy.optimize import nnls
+
+        self.coefficients = np.zeros(len(TERMS))
+        for i, part in enumerate(_TIMES):
+            own = [j for j, key in enumerate(TERMS) if key[0] == part]
+            design = X[:, own] / y[:, None]
+            scale = np.abs(design).max(axis=0)
+            scale[scale == 0] = 1
+            self.coefficients[own] = nnls(design / scale, X[:, len(TERMS) + i] / y)[0] / scale
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return X[:, : len(TERMS)] @ self.coefficients
+
+
+def workload_columns(
+    costs: CostModel,
+    image: tuple[int, int],
+    prompt_tokens: int,
+    output_tokens: ArrayLike,
+    dtype: str,
+    vision_tokens: ArrayLike | None = None,
+    encoded: ArrayLike | None = None,
+) -> pd.DataFrame:
+    """Costs of requests that need not exist: one image size, other numbers of vision tokens.
+
+    Parameters
+    ----------
+    image : (width, height)
+        In pixels.
+    prompt_tokens : int
+        Text tokens of the prompt; the image's special tokens are added.
+    output_tokens, vision_tokens : sequences of one length
+        Tokens written; vision tokens that enter the decoder (default: the image's own).
+    encoded : sequence of float, optional
+        Share of the image's vision work that is done; default: vision tokens over the image's
+        own. FLOPs and activations of encoder and projector are in proportion to it, weights and
+        launches are not.
+    """
+    own = costs.architecture.image_tokens(*image)
+    outputs = np.asarray(output_tokens, dtype=np.int64)
+    vision = np.broadcast_to(
+        own.num_vision_tokens if vision_tokens is None else np.asarray(vision_tokens), outputs.shape
+    ).astype(np.int64)
+    share = vision / own.num_vision_tokens if encoded is None else np.asarray(encoded)
+    rest = own.num_total_tokens - own.num_vision_tokens + prompt_tokens
+    shape = RequestShape(
+        image_width=np.full_like(outputs, image[0]),
+        image_height=np.full_like(outputs, image[1]),
+        num_total_tokens=vision + rest,
+        num_vision_tokens=np.full_like(outputs, own.num_vision_tokens),
+        num_crops=np.full_like(outputs, own.num_crops),
+        num_vision_patches=np.full_like(outputs, own.num_vision_patches),
+        num_output_tokens=outputs,
+    )
+    flops, moved = costs.flops(shape), costs.bytes_moved(shape, dtype)
+    launches = costs.launches(shape)
+    for part, tally in (("vision", costs.census.vision), ("projector", costs.census.projector)):
+        weights = tally.weights * element_bytes(dtype)
+        flops[part] = flops[part] * share
+        moved[part] = weights + (moved[part] - weights) * share
+    return pd.DataFrame(
+        {
+            "num_vision_tokens": vision,
+            "num_total_tokens": vision + rest,
+            "num_output_tokens": outputs,
+            **{f"flops_{part}": flops[part] for part in PARTS},
+            **{f"bytes_{part}": moved[part] for part in PARTS},
+            **{f"launches_{part}": launches[part] for part in PARTS},
+        }
+    )
+
+
+def predict_workload(
+    costs: CostModel,
+    predictor: Predictor,
+    width: int,
+    height: int,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """Predict one request without running it.
+
+    Parameters
+    ----------
+    costs : CostModel
+        Of the model in question, calibrated or not.
+    predictor : Predictor
+    width, height : int
+        Of the image, in pixels.
+    prompt_tokens, output_tokens : int
+        Text tokens before, tokens written after.
+
+    Returns
+    -------
+    dict
+        Token counts, milliseconds of each part and ``T_total``, ``T_first_token``,
+        ``T_total_low``, ``T_total_high`` (None without a calibration), ``binds`` (which side of
+        the roofline each part is on), ``predicted_kv_cache_bytes``, ``predicted_peak_memory_bytes``.
+    """
+    table = workload_columns(
+        costs, (width, height), prompt_tokens, [output_tokens], predictor.dtype
+    )
+    row = table.iloc[0].to_dict()
+    predicted = predictor.predict(table)
+    times = {str(name): float(predicted[name].iloc[0]) for name in predicted}
+    own = costs.architecture.image_tokens(width, height)
+    shape = RequestShape(
+        width,
+        height,
+        int(row["num_total_tokens"]),
+        own.num_vision_tokens,
+        own.num_crops,
+        own.num_vision_patches,
+        output_tokens,
+    )
+    binds = {
+        part: roofline_ms(
+            row[f"flops_{part}"],
+            row[f"bytes_{part}"],
+            row[f"launches_{part}"],
+            predictor.hardware,
+            predictor.dtype,
+        )[1].item()
+        for part in PARTS
+    }
+    first = sum(times[column] for part, column in _TIMES.items() if part != "llm_decode")
+    return {
+        "num_crops": own.num_crops,
+        **{name: int(row[name]) for name in SHAPE[1:]},
+        **{name: None if np.isnan(value) else value for name, value in times.items()},
+        "T_first_token": float(first),
+        "binds": binds,
+        "predicted_kv_cache_bytes": int(costs.kv_cache_bytes(shape, predictor.dtype)),
+        "predicted_peak_memory_bytes": int(costs.peak_memory_bytes(shape, predictor.dtype)),
+    }
+
+
+def latency_grid(
+    costs: CostModel,
+    predictor: Predictor,
+    image: tuple[int, int],
+    prompt_tokens: int,
+    vision_tokens: Sequence[int],
+    output_tokens: Sequence[int],
+) -> pd.DataFrame:
+    """Latency over vision tokens × output tokens, one row per cell.
+
+    The vision part is in proportion to that of `image`. Columns: ``num_vision_tokens``,
+    ``num_output_tokens`` and what `Predictor.predict` gives.
+    """
+    vision, outputs = (
+        axis.ravel() for axis in np.meshgrid(vision_tokens, output_tokens, indexing="ij")
+    )
+    table = workload_columns(costs, image, prompt_tokens, outputs, predictor.dtype, vision)
+    return table[["num_vision_tokens", "num_output_tokens"]].join(predictor.predict(table))
+
+
+def pruning_table(
+    costs: CostModel,
+    predictor: Predictor,
+    image: tuple[int, int],
+    prompt_tokens: int,
+    output_tokens: int,
+    keep: Sequence[float],
+    drop_layer: int,
+) -> pd.DataFrame:
+    """What dropping vision tokens could win at best, by where they are dropped.
+
+    Before the encoder all parts shrink; after the projector prefill and decode do; at decoder
+    layer k the first k layers still see every token, in prefill and in the cache. Choosing which
+    tokens to drop is taken to cost nothing.
+
+    Parameters
+    ----------
+    keep : sequence of float
+        Shares of the vision tokens kept, 1 for all.
+    drop_layer : int
+        k: number of decoder layers that see all tokens.
+
+    Returns
+    -------
+    DataFrame
+        One row per place and share: ``place``, ``keep``, ``num_vision_tokens`` kept, the columns
+        of `Predictor.predict`, ``speed_up`` (over keeping all) and ``saved_ms``.
+
+    Raises
+    ------
+    UserError
+        For a share outside 0 … 1, or a layer that the decoder has not.
+    """
+    layers = len(costs.census.kv_widths)
+    if not all(0 < share <= 1 for share in keep):
+        raise UserError(f"found keep {list(keep)}; expected shares above 0 and up to 1")
+    if not 0 < drop_layer < layers:
+        raise UserError(
+            f"found drop_layer {drop_layer}; expected 1 … {layers - 1}: the decoder has {layers} "
+            "layers"
+        )
+    own = costs.architecture.image_tokens(*image).num_vision_tokens
+    shares = np.asarray(keep, dtype=float)
+    kept = np.rint(shares * own).astype(np.int64)
+    outputs = np.full_like(kept, output_tokens)
+
+    def columns(tokens: np.ndarray, encoded: np.ndarray) -> pd.DataFrame:
+        return workload_columns(
+            costs, image, prompt_tokens, outputs, predictor.dtype, tokens, encoded
+        )
+
+    everything = np.ones_like(shares)
+    full = columns(np.full_like(kept, own), everything)
+    dropped = columns(kept, everything)
+    # Layers are alike, so a part of them is that part of the work.
+    above = drop_layer / layers
+    mixed = dropped.copy()
+    for name in full.columns[full.columns.str.endswith(("_llm_prefill", "_llm_decode"))]:
+        mixed[name] = above * full[name] + (1 - above) * dropped[name]
+    rows = []
+    for place, table in zip(PLACES, (columns(kept, shares), dropped, mixed), strict=True):
+        times = predictor.predict(table)
+        label = f"{place} {drop_layer}" if place == PLACES[2] else place
+        rows.append(
+            pd.DataFrame({"place": label, "keep": shares, "num_vision_tokens": kept}).join(times)
+        )
+    found = pd.concat(rows, ignore_index=True)
+    whole = predictor.predict(full)["T_total"].iloc[0]
+    return found.assign(speed_up=whole / found["T_total"], saved_ms=whole - found["T_total"])
+
+
+def _floats(table: pd.DataFrame, column: str) -> np.ndarray:
+    return pd.to_numeric(table[column]).to_numpy(dtype=float, na_value=np.nan)
