@@ -121,5 +121,11 @@ def family(request: pytest.FixtureRequest) -> tuple[Any, Prepared]:
 
 
 @pytest.fixture
+def qwen() -> tuple[Any, Prepared]:
+    """A family whose projector lies inside its encoder."""
+    return wrap("qwen2_5_vl")
+
+
+@pytest.fixture
 def llava() -> tuple[Any, Prepared]:
     return wrap("llava")
