@@ -121,7 +121,7 @@ class Architecture:
     @property
     def tiling(self) -> dict[str, Any] | None:
         """Keyword arguments for `vlm_latency.molmo.tiling`; None for a model without Molmo's tiles."""
-        return molmo_geometry(self.transformers_config)
+        return molmo_geometry(self.preparer.processor) if self.model_type == "molmo" else None
 
     @cached_property
     def components(self) -> Components:
@@ -250,7 +250,7 @@ class Architecture:
         """Image sizes (width, height) of strictly increasing numbers of vision tokens.
 
         For models without Molmo's tiles. At most `n`; fewer where the model knows fewer numbers of
-        tokens (LLaVA-1.5 and Gemma 3 give every image the same: one size).
+        tokens (LLaVA-1.5 and Gemma 3 give every image the same: one size; SmolVLM knows four).
         """
         sizes: dict[int, tuple[int, int]] = {}
         for width, height in self._ladder_candidates(n):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_latency.errors import ModelError
 from vlm_latency.models.tokenizer import build_tokenizer
 from vlm_latency.models.zoo import Family
+from vlm_latency.molmo.tiling import select_tiling
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,9 @@ class Preparer:
                 len(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rest
             )
         crops, patches = self._crops_and_patches(inputs["pixel_values"])
-        rows, cols = molmo_tiling(self.config, *size) or (None, None)
+        rows = cols = None
+        if geometry := molmo_geometry(self.processor):
+            rows, cols = select_tiling(size[1], size[0], **geometry)
         return TokenCounts(
             num_crops=crops,
             tiling_rows=rows,
@@ -143,9 +146,11 @@ class Preparer:
         """Pixels come as (…, channels, height, width) or as flattened patches (…, patches, values)."""
         vision = self.config.vision_config
         shape = pixels.shape
-        if len(shape) >= 4 and shape[-3] == getattr(vision, "num_channels", 3):
-            side = vision.patch_size
-            rows, cols = (side, side) if isinstance(side, int) else side
+        side, channels = vision.patch_size, getattr(vision, "num_channels", 3)
+        rows, cols = (side, side) if isinstance(side, int) else side
+        values = channels * rows * cols
+        flat = shape[-1] == values and shape[-1] != shape[-2]
+        if len(shape) >= 4 and shape[-3] == channels and not flat:
             crops = shape[:-3].numel()
             return crops, crops * (shape[-2] // rows) * (shape[-1] // cols)
         return shape[:-2].numel(), shape[:-1].numel()
@@ -163,24 +168,17 @@ def image_token_id(config: Any) -> int:
     )
 
 
-def molmo_geometry(config: Any) -> dict[str, Any] | None:
+def molmo_geometry(processor: Any) -> dict[str, Any] | None:
     """Keyword arguments for the functions of `vlm_latency.molmo.tiling`; None for other families."""
-    if config.model_type != "molmo":
+    images = processor.image_processor
+    if not hasattr(images, "base_image_input_size"):
         return None
     return {
-        "max_crops": config.max_crops,
-        "patch_size": config.vision_config.patch_size,
-        "crop": config.vision_config.image_size,
-        "margins": tuple(config.overlap_margins),
+        "max_crops": images.max_crops,
+        "patch_size": images.image_patch_size,
+        "crop": images.base_image_input_size[0],
+        "margins": tuple(images.overlap_margins),
     }
-
-
-def molmo_tiling(config: Any, width: int, height: int) -> tuple[int, int] | None:
-    """Rows and columns of Molmo's tiles; None for other families."""
-    from vlm_latency.molmo.tiling import select_tiling
-
-    geometry = molmo_geometry(config)
-    return None if geometry is None else select_tiling(height, width, **geometry)
 
 
 def offline_preparer(
