@@ -21,6 +21,14 @@ PARAMETERS = {
     "moe_top_k": None,
 }
 
+EXPERTS = {
+    **PARAMETERS,
+    "params_llm_active": 1_200_000_000,
+    "params_active": 1_549_000_000,
+    "moe_num_experts": 64,
+    "moe_top_k": 8,
+}
+
 
 def estimate(value, share=0.04, **more):
     """An estimate as statistics give it, `share` to both sides."""
@@ -343,3 +351,14 @@ def predicted():
         "hardware": "this machine (measured)",
     }
     return SimpleNamespace(grid=grid, pruning=pruning, statistics=statistics)
+
+
+@pytest.fixture
+def made():
+    """The functions above, for the tests."""
+    functions = (estimate, fit, summary, records, exp1, exp2, exp3, exp4, exp5)
+    return SimpleNamespace(
+        PARAMETERS=PARAMETERS,
+        EXPERTS=EXPERTS,
+        **{f.__name__: f for f in (*functions, calibrated, compared, predicted)},
+    )

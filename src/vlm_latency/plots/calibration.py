@@ -59,7 +59,7 @@ def calibration(
             f"{interval(statistics['recovery_error'], '%', 100)}"
         )
     if overhead is not None:
-        said.append(f"measured runs take {interval(overhead)} of bare ones")
+        said.append(f"instrumented runs take {interval(overhead)} times a bare one")
     with style.applied():
         title = f"{context.model}: {'; '.join(said) or 'calibration'}"
         names = [["recovered", "error", "ratios"], ["shares", "below", "closure"]]

@@ -59,7 +59,7 @@ def parameters_pie(parameters: Mapping[str, Any], context: FigureContext, style:
             heading = "Parameters"
             if name == "active":
                 values["params_llm"] = parameters["params_llm_active"]
-                heading = f"Active per token ({parameters['moe_top_k']} of {experts} experts)"
+                heading = f"Active ({parameters['moe_top_k']} of {experts} experts)"
             elif experts:
                 heading = "All parameters"
             headline(axes[name], heading)
@@ -99,7 +99,7 @@ def latency_components(
     shares = statistics.get("shares") or {}
     with style.applied():
         title = f"{context.model}: {interval(means.get('T_total'), 'ms')} per request"
-        first = max(parts, key=lambda name: ends(means[name])[0], default=None)
+        first = max(parts, key=lambda name: ends(means[name])[0], default="")
         if first in shares:
             title += f", {interval(shares[first], '%', 100)} of it in {_called(first)}"
         title += f" (mean of n = {statistics['n']:,})"

@@ -1,0 +1,373 @@
+"""What each figure shows: the input's numbers in its words, a mark for every run, nothing else."""
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+
+from vlm_latency.plots import (
+    calibration,
+    comparison,
+    composition,
+    distribution,
+    flops,
+    language_sweep,
+    prediction,
+    vision_sweep,
+)
+from vlm_latency.plots.style import COLOURS, FigureContext, Style
+
+
+def words(figure):
+    """All text of a figure, header, ticks and legends included."""
+    found = list(figure.texts)
+    for axes in figure.axes:
+        found += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        found += [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        if legend := axes.get_legend():
+            found += [legend.get_title(), *legend.get_texts()]
+    return "\n".join(text.get_text() for text in found).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def panel(figure, heading):
+    """The axes under a heading."""
+    return next(axes for axes in figure.axes if heading in axes._left_title.get_text())
+
+
+def points(axes):
+    """Number of points scattered in a panel."""
+    return sum(
+        len(dots.get_offsets()) for dots in axes.collections if isinstance(dots, PathCollection)
+    )
+
+
+def every_figure(made, context, style):
+    one, two, three, four, five = made.exp1(), made.exp2(), made.exp3(), made.exp4(), made.exp5()
+    proof, forecast = made.calibrated(), made.predicted()
+    yield distribution.latency_distribution(one.records, one.statistics, context, style)
+    yield composition.parameters_pie(made.PARAMETERS, context, style)
+    yield composition.parameters_pie(made.EXPERTS, context, style)
+    yield composition.latency_components(two.records, two.statistics, context, style)
+    yield vision_sweep.vision_tokens_vs_latency(three.records, three.statistics, context, style)
+    yield language_sweep.language_tokens_vs_latency(four.records, four.statistics, context, style)
+    yield flops.flops_vs_latency(five.points, five.statistics, context, style)
+    yield calibration.calibration(proof.injections, proof.statistics, context, style)
+    yield comparison.ratios({"new": made.compared()}, "old", 0.02, context, style)
+    yield prediction.predicted_latency(
+        forecast.grid, forecast.pruning, forecast.statistics, context, style
+    )
+
+
+def test_every_figure_draws_and_fits_its_page(made, context, style):
+    for figure in every_figure(made, context, style):
+        figure.savefig(io.BytesIO(), format="png", dpi=60)  # the layout settles while saving
+        box = figure.get_tightbbox()
+        assert box.x0 >= -0.02 and box.x1 <= figure.get_figwidth() + 0.02
+        assert box.y0 >= -0.02 and box.y1 <= figure.get_figheight() + 0.02
+        shown = words(figure)
+        assert "synthetic · random weights" in shown
+        assert "nan" not in shown
+        assert (context.environment_line in shown.replace("\n", " ")) is not style.paper
+
+
+def test_paper_is_one_column_wide_without_title_and_embeds_truetype(made, context):
+    figure = composition.parameters_pie(made.PARAMETERS, context, Style(paper=True))
+    assert figure.get_figwidth() == pytest.approx(3.3)
+    assert "95.6 % of 7.95 B" not in words(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="pdf")
+    assert b"/Type0" in buffer.getvalue() and b"/Type3" not in buffer.getvalue()
+
+
+def test_png_has_the_asked_resolution(made, context):
+    from PIL import Image
+
+    figure = composition.parameters_pie(made.PARAMETERS, context, Style(dpi=120))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as image:
+        assert image.info["dpi"][0] == pytest.approx(120, abs=0.1)
+        assert image.width == pytest.approx(120 * figure.get_figwidth(), abs=1)
+
+
+def test_settings_of_the_caller_are_left_alone(made, context):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    composition.parameters_pie(made.PARAMETERS, context, Style(paper=True)).canvas.draw()
+    assert dict(matplotlib.rcParams) == before
+
+
+class TestDistribution:
+    def test_title_and_legend_tell_the_percentiles(self, made, context):
+        one = made.exp1()
+        shown = words(
+            distribution.latency_distribution(one.records, one.statistics, context, Style())
+        )
+        summary = one.statistics["T_total"]
+        assert f"take {summary['P50']['value']:.0f} ms or less" in shown
+        assert f"P99/P50 = {summary['tail_ratio']['value']:.2f} [" in shown
+        assert f"P99 {summary['P99']['value']:.0f} [{summary['P99']['low']:.0f}, ?]" in shown
+        assert "needs n ≥ 368" in shown
+        assert "The tail lies in the content" in shown
+
+    def test_histogram_counts_every_request_and_panels_show_each_once(self, made, context):
+        one = made.exp1()
+        figure = distribution.latency_distribution(one.records, one.statistics, context, Style())
+        histogram = panel(figure, "Whole request")
+        assert sum(bar.get_height() for bar in histogram.patches[:-3]) == len(one.records)
+        assert len(histogram.lines) == 3
+        assert points(panel(figure, "By tiling")) == len(one.records)
+        assert points(panel(figure, "By output length")) == len(one.records)
+
+    def test_failed_runs_are_left_out(self, made, context):
+        one = made.exp1()
+        one.records.loc[:9, "status"] = "failed"
+        figure = distribution.latency_distribution(one.records, one.statistics, context, Style())
+        assert points(panel(figure, "By tiling")) == len(one.records) - 10
+
+    @pytest.mark.parametrize("value", [0.0, 5.0])
+    def test_constant_latencies(self, made, context, value):
+        one = made.exp1(30)
+        one.records["T_total"] = value
+        statistics = {"T_total": made.summary(one.records["T_total"])}
+        figure = distribution.latency_distribution(one.records, statistics, context, Style())
+        figure.set_dpi(50)
+        figure.canvas.draw()
+        assert words(figure).count("not measured") == 1  # time to first token has no summary
+
+    def test_a_wide_range_gets_a_logarithmic_axis(self, made, context):
+        one = made.exp1(30)
+        one.records["T_total"] = np.geomspace(1, 1e6, 30)
+        one.statistics["T_total"] = made.summary(one.records["T_total"])
+        figure = distribution.latency_distribution(one.records, one.statistics, context, Style())
+        assert panel(figure, "Whole request").get_xscale() == "log"
+        assert panel(figure, "By tiling").get_yscale() == "log"
+        assert panel(figure, "Time to first token").get_xscale() == "linear"
+
+
+class TestComposition:
+    def test_pie_of_parameters(self, made, context):
+        figure = composition.parameters_pie(made.PARAMETERS, context, Style())
+        assert len(figure.axes) == 1
+        assert len(figure.axes[0].patches) == 3
+        assert "the LLM holds 95.6 % of 7.95 B parameters" in words(figure).replace("\n", " ")
+
+    def test_mixture_of_experts_shows_active_parameters_too(self, made, context):
+        figure = composition.parameters_pie(made.EXPERTS, context, Style())
+        assert len(figure.axes) == 2
+        assert "8 of 64 experts" in words(figure)
+        assert "1.55 B are active" in words(figure)
+        assert "LLM  1.2 B  (77.5 %)" in words(figure)
+
+    def test_stack_adds_up_and_every_part_has_its_interval(self, made, context):
+        two = made.exp2()
+        figure = composition.latency_components(two.records, two.statistics, context, Style())
+        bars = panel(figure, "Stacked").patches
+        stacked, cascade, preprocessing = bars[:5], bars[5:10], bars[10]
+        means = two.statistics["means"]
+        assert sum(bar.get_width() for bar in stacked) == pytest.approx(means["T_total"]["value"])
+        for first, second in zip(stacked, cascade, strict=True):
+            assert first.get_x() == second.get_x() and first.get_width() == second.get_width()
+        assert preprocessing.get_width() == pytest.approx(means["T_preprocess"]["value"])
+        assert to_hex(cascade[2].get_facecolor()) == COLOURS["T_LLM_prefill"].lower()
+        assert len(panel(figure, "Stacked").containers) >= 12  # 11 bars and their error bars
+        assert points(panel(figure, "Stacked")) == 6 * len(two.records)
+
+    def test_parts_that_were_not_separable(self, made, context):
+        two = made.exp2(3)
+        means = {"T_total": two.statistics["means"]["T_total"], "T_LLM_prefill": None}
+        statistics = {"means": means, "n": 3}
+        figure = composition.latency_components(two.records, statistics, context, Style())
+        assert "components not separable" in words(figure)
+        assert "whole request" in words(figure)
+
+    def test_a_part_below_zero_is_told_and_not_in_the_pie(self, made, context):
+        two = made.exp2(3)
+        two.statistics["means"]["T_other"] = made.estimate(-3.0)
+        figure = composition.latency_components(two.records, two.statistics, context, Style())
+        assert "other  -3 ms  (below zero: not in the pie)" in words(figure)
+
+
+class TestVisionSweep:
+    def test_slopes_and_the_cost_of_crop_and_token(self, made, context):
+        three = made.exp3()
+        figure = vision_sweep.vision_tokens_vs_latency(
+            three.records, three.statistics, context, Style()
+        )
+        shown = words(figure).replace("\n", " ")
+        assert "a crop costs the encoder 20.1 ms [19.3, 20.9]" in shown
+        assert "a token the prefill 110.0 µs [105.6, 114.4]" in shown
+        slope = 1000 * three.statistics["fits"]["T_LLM_prefill"]["slope"]["value"]
+        assert f"LLM prefill: {slope:.1f} [" in shown
+        for heading, times in (("Whole request", 1), ("Components", 3)):
+            assert points(panel(figure, heading)) == times * len(three.records)
+
+    def test_grids_of_equal_crops_are_joined(self, made, context):
+        three = made.exp3()
+        figure = vision_sweep.vision_tokens_vs_latency(
+            three.records, three.statistics, context, Style()
+        )
+        axes = panel(figure, "LLM prefill")
+        joined = [line for line in axes.lines if line.get_linestyle() == ":"]
+        tokens = sorted(tuple(line.get_xdata()) for line in joined if len(line.get_xdata()))
+        assert tokens == [(704, 768), (1152, 1184, 1344)]
+
+    def test_axis_of_patches(self, made, context):
+        three = made.exp3(1)
+        figure = vision_sweep.vision_tokens_vs_latency(
+            three.records, three.statistics, context, Style(vision_axis="patches")
+        )
+        dots = panel(figure, "Whole request").collections[0].get_offsets()
+        assert dots[0, 0] == 2 * 576
+        assert "each vision patch costs" in words(figure)
+
+    def test_components_not_measured(self, made, context):
+        three = made.exp3(1)
+        parts = ["T_LLM_prefill", "T_vision_encoder", "T_projector"]
+        three.records[parts] = np.nan
+        figure = vision_sweep.vision_tokens_vs_latency(
+            three.records, {"fits": {}}, context, Style()
+        )
+        assert words(figure).count("not measured") == 2
+
+
+class TestLanguageSweep:
+    def test_line_baseline_stack_and_lengths_left_out(self, made, context):
+        four = made.exp4()
+        figure = language_sweep.language_tokens_vs_latency(
+            four.records, four.statistics, context, Style()
+        )
+        shown = words(figure).replace("\n", " ")
+        slope = four.statistics["fits"]["T_LLM_decode"]["slope"]["value"]
+        assert f"each output token takes {slope:.2f} ms" in shown
+        assert "1024, 2048, 4096 tokens do not fit the model" in shown
+        first = four.statistics["prefill"]["value"]
+        assert f"time to first token: {first:.0f} ms" in shown
+        for row in four.statistics["lengths"]:
+            share = row["T_LLM_decode"]["value"] / row["T_total"]["value"]
+            assert f"{100 * share:.0f} %" in shown
+        assert len(panel(figure, "Composition").patches) == 4 * 7
+
+    def test_every_step_is_a_point_and_hidden_ones_are_counted(self, made, context):
+        four = made.exp4((8, 512))
+        four.records.at[0, "decode_step_ms"] = [5000.0] * 7
+        figure = language_sweep.language_tokens_vs_latency(
+            four.records, four.statistics, context, Style()
+        )
+        steps = sum(len(run) for run in four.records["decode_step_ms"])
+        assert points(panel(figure, "step get slower")) == steps
+        assert f"7 of {steps:,} steps lie outside this view" in words(figure)
+
+    def test_single_tokens_have_no_steps(self, made, context):
+        four = made.exp4((1,))
+        statistics = {"fits": {}, "lengths": four.statistics["lengths"]}
+        figure = language_sweep.language_tokens_vs_latency(
+            four.records, statistics, context, Style()
+        )
+        assert "steps not measured" in words(figure)
+
+
+class TestFlops:
+    def test_correlations_regimes_and_errors(self, made, context):
+        five = made.exp5()
+        shown = words(flops.flops_vs_latency(five.points, five.statistics, context, Style()))
+        assert "a TFLOP of decode costs 15.6 times one of the encoder" in shown.replace("\n", " ")
+        assert shown.count("R² 0.31") == 3
+        assert shown.count("Spearman 0.70 [0.63, 0.77]") == 3
+        assert "64 % [51, 77]" in shown
+        assert "TFLOP (analytic)" in shown
+
+    def test_sweeps_in_their_panels(self, made, context):
+        five = made.exp5()
+        figure = flops.flops_vs_latency(five.points, five.statistics, context, Style())
+        assert points(panel(figure, "Vision sweep")) == 36
+        assert points(panel(figure, "Language sweep")) == 28
+        assert points(panel(figure, "Both sweeps")) == 64
+        line = panel(figure, "Vision sweep").lines[0]
+        rise = np.ptp(line.get_ydata()) / np.ptp(line.get_xdata())
+        assert rise == pytest.approx(five.statistics["exp3"]["fit"]["slope"]["value"] * 1e12)
+
+    def test_one_sweep_without_predictors(self, made, context):
+        five = made.exp5()
+        points = five.points[["sweep", "flops", "latency_ms"]].iloc[:36]
+        statistics = {"exp3": five.statistics["exp3"], "exp4": None, "estimator": "counted"}
+        shown = words(flops.flops_vs_latency(points, statistics, context, Style()))
+        assert shown.count("not measured") == 4
+
+
+class TestTrust:
+    def test_calibration(self, made, context):
+        proof = made.calibrated()
+        figure = calibration.calibration(proof.injections, proof.statistics, context, Style())
+        shown = words(figure).replace("\n", " ")
+        assert "known delays come back with an error of 0.31 % [0.25, 0.37]" in shown
+        assert "1.0020 [0.9980, 1.0060]" in shown
+        assert "nominal 5 %" in shown
+        assert "subtraction 2.20 × wall time" in shown
+        assert points(panel(figure, "Error of each")) == len(proof.injections)
+
+    def test_calibration_of_nothing(self, made, context):
+        nothing = made.calibrated().injections.iloc[:0]
+        shown = words(calibration.calibration(nothing, {}, context, Style()))
+        assert shown.count("not measured") == 6
+
+
+class TestComparison:
+    def test_ratio_interval_verdict_and_margin(self, made, context):
+        figure = comparison.ratios({"new": made.compared()}, "old", 0.02, context, Style())
+        shown = words(figure)
+        assert "Against old: new is SLOWER, T_total × 1.100 [1.089, 1.111]" in shown
+        assert shown.count("SLOWER") == 6
+        band = figure.axes[0].patches[0]
+        assert band.get_x() == pytest.approx(0.98) and band.get_width() == pytest.approx(0.04)
+
+    def test_several_candidates(self, made, context):
+        runs = {"a": made.compared(), "b": made.compared(1)}
+        figure = comparison.ratios(runs, "old", 0.02, context, Style())
+        assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == [
+            "a",
+            "b",
+            "margin",
+        ]
+        assert words(figure).count("SAME") == 6
+
+    def test_nothing_in_common(self, context):
+        nothing = {"new": {"verdict": None, "n_matched": 0, "components": {}}}
+        figure = comparison.ratios(nothing, "old", 0.02, context, Style())
+        assert "nothing to compare" in words(figure)
+
+
+class TestPrediction:
+    def test_map_composition_and_pruning(self, made, context):
+        made_up = made.predicted()
+        figure = prediction.predicted_latency(
+            made_up.grid, made_up.pruning, made_up.statistics, context, Style()
+        )
+        shown = words(figure)
+        assert "430 ms [413, 447] predicted without running it" in shown.replace("\n", " ")
+        cells = [text.get_text() for text in panel(figure, "Predicted latency").texts]
+        assert len(cells) == 25 and cells[0] == "46.4"
+        assert "190 ms\n44.2 %" in shown
+        lines = panel(figure, "dropping").lines
+        assert [line.get_label() for line in lines] == list(made_up.pruning["where"].unique())
+
+
+def test_style_follows_the_options():
+    from vlm_latency.options import FigureOptions
+
+    assert Style.of(FigureOptions()) == Style(False, 300, "tokens")
+    asked = FigureOptions(style="paper", dpi=150, vision_axis="patches")
+    assert Style.of(asked) == Style(True, 150, "patches")
+
+
+def test_long_titles_wrap_between_words_and_not_before_units(made):
+    context = FigureContext(model="a-long-organisation/a-very-long-model-name-of-many-parts-72B")
+    figure = composition.latency_components(
+        made.exp2().records, made.exp2().statistics, context, Style()
+    )
+    lines = [text.get_text() for text in figure.texts]
+    assert len(lines) == 2
+    assert not any(line.startswith(("ms", "%", "[")) for line in lines)
