@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vlm_latency import models
 from vlm_latency.errors import ModelError
 from vlm_latency.models import describe, known_models, load
 from vlm_latency.models.architecture import build_on_meta
@@ -230,6 +231,11 @@ def test_devices():
         resolve_device(ModelOptions(device="cuda:99"))
 
 
+def test_names_of_device_and_dtype():
+    options = ModelOptions(name="tiny-molmo", device="cpu", dtype="bfloat16")
+    assert (models.resolve_device(options), models.dtype_name(options)) == ("cpu", "bfloat16")
+
+
 def test_dtypes():
     auto = ModelOptions()
     assert resolve_dtype(auto, torch.device("cpu")) == torch.float32
@@ -264,6 +270,10 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
         "assert p.counts.num_vision_tokens == 704 and p.counts.num_total_tokens == 742;"
         "r = v.meter()(p, 3); assert r.token_ids == [0] * 3 and r.times['T_total'] == 0;"
         "assert r.times['decode_step_ms'] == [0, 0]; v.decode(r.token_ids)",
+        "from vlm_latency.models import describe, dtype_name, resolve_device;"
+        "from vlm_latency.options import ModelOptions; o = ModelOptions(name='null');"
+        "assert (resolve_device(o), dtype_name(o)) == ('cpu', 'float32');"
+        "assert describe(o).tiling['max_crops'] == 12",
     ],
 )
 def test_no_torch_where_none_is_needed(code):

@@ -173,10 +173,11 @@ def resolve_device(options: ModelOptions) -> torch.device:
     ModelError
         For a device that is not there.
     """
-    if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(options.device)
+        device = torch.device(name)
     except RuntimeError:
         raise ModelError(
             f"model.device: found {options.device!r}; expected auto, cpu, cuda or cuda:N"
@@ -187,6 +188,8 @@ def resolve_device(options: ModelOptions) -> torch.device:
             f"model.device={options.device}, but {found or 'no'} CUDA devices are here; use "
             "model.device=cpu" + (f" or cuda:0 … cuda:{found - 1}" if found else "")
         )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -20,7 +20,12 @@ class NullArchitecture:
     name = model_type = "null"
     hub_id = None
     config: dict[str, Any] = {}  # noqa: RUF012
-    tiling: dict[str, Any] = {}  # noqa: RUF012 (the published geometry)
+    tiling: dict[str, Any] = {  # noqa: RUF012
+        "max_crops": 12,
+        "patch_size": 14,
+        "crop": 336,
+        "margins": (4, 4),
+    }
     components = Components("", (), "", "")
     parameters = Parameters(0, 0, None, 0, 0, 0, 0, None, None)
     num_layers = hidden_size = num_heads = num_kv_heads = head_dim = vocab_size = 0
@@ -36,7 +41,7 @@ class NullArchitecture:
 
     def image_tokens(self, width: int, height: int) -> TokenCounts:
         """As a Molmo with the published geometry."""
-        found = image_token_counts(width, height)
+        found = image_token_counts(width, height, **self.tiling)
         return TokenCounts(
             **found._asdict(),
             num_total_tokens=found.num_vision_tokens + found.num_image_special_tokens,
