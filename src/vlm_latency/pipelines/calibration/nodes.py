@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.options import Options
+from vlm_latency.options import ExperimentOptions, Options
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from vlm_latency.datasets.inputs import Model
+    from vlm_latency.vqa import QuestionSource
 
 log = logging.getLogger("vlm_latency")
 
@@ -43,5 +46,55 @@ def measure_ceilings(
     return {**ceilings(device, dtype, threads, seconds), **asked}
 
 
-def calibrate(*_: Any) -> Any:
-    raise NotImplementedError
+def calibrate(
+    options: ExperimentOptions,
+    parameters: dict[str, Any],
+    model: Model,
+    questions: QuestionSource,
+    ceilings: dict[str, Any],
+) -> tuple[dict[str, Any], Figure]:
+    """Prove the instrument on the model and device at hand.
+
+    Returns
+    -------
+    result, figure
+        ``calibration.json`` with a verdict in words, and the figure.
+    """
+    import pandas as pd
+
+    from vlm_latency.instrument import calibration
+    from vlm_latency.instrument.environment import environment, fingerprint
+    from vlm_latency.pipelines.reporting import common
+    from vlm_latency.plots.calibration import calibration as draw
+    from vlm_latency.plots.style import Style
+    from vlm_latency.vqa import Sampling, draw_requests, image_bytes
+
+    asked = Options.from_parameters(parameters).calibration
+    sampling = Sampling(num_samples=asked.method_requests, seed=options.sampling.seed)
+    requests = draw_requests(questions, sampling, asked.output_tokens, "calibration")
+    found = calibration.calibrate(
+        model.vlm,
+        asked,
+        requests,
+        lambda row: image_bytes(row, questions.root),
+        template=options.prompt.template,
+        known_ceilings=ceilings or None,
+    )
+    about = environment(
+        options.model,
+        options.measurement,
+        architecture=model.architecture,
+        dataset=questions.describe(),
+        template=options.prompt.template,
+    )
+    about["fingerprint"] = fingerprint(about["conditions"])
+    for sentence in found["verdict"]:
+        log.info("calibration: %s", sentence)
+    figure = draw(
+        pd.DataFrame(found["injections"]),
+        found["statistics"],
+        common.context(options, about, {}),
+        Style.of(options.figures),
+    )
+    coverage = {"sessions": [], "requests": len(requests)}
+    return {**common.frame(options, about, coverage, found.pop("statistics"), []), **found}, figure

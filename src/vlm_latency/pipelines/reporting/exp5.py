@@ -111,7 +111,8 @@ def _chosen_flops(points: pd.DataFrame, estimator: str, notes: list[str]) -> pd.
     }
     if not chosen:
         notes.append(f"the results have no {estimator} FLOPs: flops_* are used as they stand there")
-    points = points.assign(**chosen)
+    kept = points.drop(columns=[name for name in chosen if name in points])
+    points = kept.join(pd.DataFrame(chosen))
     known = points["flops_total"].notna() & points["T_total"].notna()
     if not known.any():
         raise DataError(
@@ -284,7 +285,7 @@ def _held_out(
         "n_groups": found.n_groups,
         "flops": found.mape["flops"],
         "ratio": found.error_ratio("flops", best),
-    }, points.assign(**predicted)
+    }, points.join(pd.DataFrame(predicted, index=points.index))
 
 
 def _verdict(found: dict[str, Any], claim: Any) -> str:
