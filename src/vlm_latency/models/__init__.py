@@ -62,24 +62,6 @@ def dtype_name(options: ModelOptions) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolve_device(options: ModelOptions) -> str:
-    """Where the model runs: ``cpu``, ``cuda:0``; a ModelError for a device that is not there."""
-    if options.name == NULL:
-        return "cpu"
-    from vlm_latency.models import loading
-
-    return str(loading.resolve_device(options))
-
-
-def dtype_name(options: ModelOptions) -> str:
-    """What the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
-    if options.name == NULL:
-        return "float32"
-    from vlm_latency.models import loading
-
-    return str(loading.resolve_dtype(options, loading.resolve_device(options))).split(".")[1]
-
-
 def known_models(zoo_file: str | None = None) -> list[str]:
     """The zoo's names, with those of a user's own zoo file."""
     return sorted(load_zoo(zoo_file).models)
