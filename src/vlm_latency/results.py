@@ -128,7 +128,7 @@ def read_run(folder: Path | str) -> Run:
     return Run(folder.resolve().name, tables, results)
 
 
-def _request_ids(table: pd.DataFrame, experiment: str) -> pd.Series:
+def _request_ids(table: pd.DataFrame, experiment: str) -> Any:
     """Name a seed's entries as our requests are named, so that the same ones match."""
     if experiment == "exp3" and "grid" in table:
         return "exp3-" + table["grid"].str.replace("×", "x")

@@ -18,8 +18,6 @@ from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
 from vlm_latency.results import Run, read_json, read_result, read_run
 
 if TYPE_CHECKING:
-    from vlm_latency.models.architecture import Architecture
-    from vlm_latency.models.loading import VLM
     from vlm_latency.vqa import QuestionSource
 
 
@@ -37,7 +35,7 @@ class Model:
         return weights_kind(self.options)
 
     @cached_property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> Any:
         """What analyses need to know, without weights."""
         from vlm_latency.models import describe
 
@@ -66,7 +64,7 @@ class Model:
         check_fits(self.architecture, self.options)
 
     @cached_property
-    def vlm(self) -> VLM:
+    def vlm(self) -> Any:
         """The model on its device, ready to measure."""
         from vlm_latency.models import load
 

@@ -77,7 +77,8 @@ def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> l
     """
     renamed = table.reset_index().rename(columns={old: new for new, old in (columns or {}).items()})
     shown = renamed.astype(object)
-    return [dict(row) for row in shown.where(shown.notna(), None).to_dict("records")]
+    rows: list[Any] = shown.where(shown.notna(), None).to_dict("records")
+    return rows
 
 
 def frame(

@@ -84,10 +84,11 @@ def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict
     asked = requests.set_index("request_id").loc[table.index]
     table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
     table["question"] = asked["question"]
-    table["image_size"] = [
+    sizes = [
         None if pd.isna(width) else [int(width), int(height)]
         for width, height in zip(table["image_width"], table["image_height"], strict=True)
     ]
+    table["image_size"] = pd.Series(sizes, index=table.index, dtype=object)
     table["T_system_total"] = table["T_total"] + table["T_preprocess"]
     return common.entry_dicts(table, ENTRY)
 

@@ -55,7 +55,7 @@ def report(
     }
     context, style = common.context(options, environment, coverage), Style.of(options.figures)
     claims = [
-        st.llm_bottleneck_claim(parameters["params_llm"] / parameters["params_total"], llm),
+        st.llm_bottleneck_claim(_share(parameters), llm),
     ]
     numbers = common.entries(records, requests).select_dtypes("number").mean()
     result = {
@@ -75,3 +75,9 @@ def report(
         parameters_pie(parameters, context, style),
         latency_components(rows, found, context, style),
     )
+
+
+def _share(parameters: dict[str, int | None]) -> float | None:
+    """The LLM's share of the parameters."""
+    total = parameters["params_total"]
+    return (parameters["params_llm"] or 0) / total if total else None

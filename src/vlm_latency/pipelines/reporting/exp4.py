@@ -58,7 +58,7 @@ def report(
         line = st.linear_fit(steps["position"], steps["ms"], steps["image"])
         growth = line.growth(1, float(steps["position"].max()))
     prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
-    found = {
+    found: dict[str, Any] = {
         "fits": lines,
         "exponent": exponent.exponent.to_dict() if exponent else None,
         "lengths": _lengths(rows),
@@ -92,9 +92,9 @@ def report(
 def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Average every component at every length."""
     return [
-        {"num_output_tokens": int(length), "n": len(group)}
+        {"num_output_tokens": length, "n": len(group)}
         | {name: mean.to_dict() for name, mean in common.means(group).items()}
-        for length, group in rows.groupby("num_output_tokens")
+        for length, group in rows.groupby(rows["num_output_tokens"].astype(int))
     ]
 
 
@@ -113,7 +113,7 @@ def _steps(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _smooth(steps: pd.DataFrame) -> dict[str, list[float]] | None:
+def _smooth(steps: pd.DataFrame) -> dict[str, list[float | None]] | None:
     """Take the median step, with its interval, in bins of neighbouring positions."""
     from vlm_latency.statistics import percentile
 

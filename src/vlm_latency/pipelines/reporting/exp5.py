@@ -106,7 +106,7 @@ def _chosen_flops(points: pd.DataFrame, estimator: str, notes: list[str]) -> pd.
     suffix = SUFFIXES[estimator]
     chosen = {
         name.removesuffix(suffix): points[name]
-        for name in points
+        for name in map(str, points)
         if name.startswith("flops_") and name.endswith(suffix)
     }
     if not chosen:
