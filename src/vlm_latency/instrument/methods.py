@@ -58,6 +58,9 @@ class Reading:
         What the keys and values occupy at the end; a static cache counts as allocated.
     timed_ms
         All that the method timed: ``T_total``, and for the seed's methods every run of a part.
+    prefill_length
+        Positions that went into the decoder in the first forward: fewer than the prompt has where
+        a model drops tokens before its decoder; None where the decoder was not seen.
     """
 
     times: dict[str, Any]
@@ -65,6 +68,7 @@ class Reading:
     peak_memory_bytes: int | None
     kv_cache_bytes: int | None
     timed_ms: float
+    prefill_length: int | None = None
 
 
 @contextlib.contextmanager
@@ -185,11 +189,31 @@ class Meter:
         self.timeline.restart(VISION_MARKS + 2 * arguments["max_new_tokens"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with quiet(self.device):
+        with self._prefill_observed(), quiet(self.device):
             self.timeline.open(OTHER)
             output = self.model.generate(**arguments)
             self.timeline.finish(OTHER)
         return output
+
+    @contextlib.contextmanager
+    def _prefill_observed(self) -> Iterator[None]:
+        """Note how many positions the decoder is given first, behind all hooks of the model's own."""
+        self._prefill_length: int | None = None
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            handle.remove()  # decode steps go without
+            given = [kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args]
+            tensors = [value for value in given if isinstance(value, torch.Tensor)]
+            self._prefill_length = tensors[0].shape[1] if tensors else None
+
+        decoder = self.vlm.components.language_model
+        handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _peak_memory(self) -> int | None:
         on_cuda = self.device.type == "cuda"
@@ -228,6 +252,7 @@ class TimelineMeter(Meter):
             peak_memory_bytes=self._peak_memory(),
             kv_cache_bytes=_cache_bytes(output.past_key_values),
             timed_ms=host["T_total"],
+            prefill_length=self._prefill_length,
         )
 
     @contextlib.contextmanager
@@ -350,6 +375,7 @@ class SubtractionMeter(Meter):
             peak_memory_bytes=self._peak_memory(),
             kv_cache_bytes=_cache_bytes(output.past_key_values),
             timed_ms=features_ms + encoder_ms + (forward_ms or 0.0) + total_ms,
+            prefill_length=self._prefill_length,
         )
 
     def _time_image_features(self, inputs: dict[str, Any]) -> tuple[float, list[Any]]:

@@ -199,7 +199,7 @@ def measure(
         return
     rows = {row["request_id"]: row for row in _records(requests)}
     allowed = max(1.0, options.max_failures * len(planned))
-    session = _Session(vlm, options, fetch, template, log)
+    session = Session(vlm, options, fetch, template, log)
     identity = {
         "fingerprint": fingerprint,
         "model": model_name or vlm.options.name,
@@ -243,8 +243,8 @@ def measure(
             log.wall_s = time.perf_counter() - start
 
 
-class _Session:
-    """One meter, warm, and what a run needs besides."""
+class Session:
+    """One meter, warm once it is open, and what a run needs besides."""
 
     def __init__(
         self, vlm: Any, options: MeasurementOptions, fetch: Fetch, template: str, log: SessionLog
@@ -275,6 +275,7 @@ class _Session:
         self.log.warmup_s = time.perf_counter() - start
 
     def close(self) -> None:
+        """Take everything off the model again."""
         self._noise.close()
         if self._meter is not None:
             self._meter.close()
@@ -314,7 +315,7 @@ class _Session:
         self._seen.add(shape)
         return {
             **{name: getattr(counts, name) for name in _COUNTED},
-            "num_language_tokens": counts.num_total_tokens - counts.num_vision_tokens,
+            **_entered(counts, getattr(reading, "prefill_length", None)),
             "max_new_tokens": max_new_tokens,
             "num_output_tokens": len(reading.token_ids),
             "T_preprocess": preprocess_ms,
@@ -480,9 +481,7 @@ _COUNTED = (
     "tiling_cols",
     "num_crops",
     "num_vision_patches",
-    "num_vision_tokens",
     "num_image_special_tokens",
-    "num_total_tokens",
 )
 
 
@@ -549,6 +548,20 @@ def _shape(counts: Any) -> tuple[int, int]:
 def _timed_ms(reading: Any) -> float:
     """All that was timed; a meter that a model brings may know T_total only."""
     return float(getattr(reading, "timed_ms", reading.times["T_total"]))
+
+
+def _entered(counts: Any, prefill_length: int | None) -> dict[str, int]:
+    """The tokens that went into the language model: a model may drop some of its prompt's.
+
+    What is missing is taken from the vision tokens, and only then from the text.
+    """
+    total = counts.num_total_tokens if prefill_length is None else prefill_length
+    vision = max(0, counts.num_vision_tokens + total - counts.num_total_tokens)
+    return {
+        "num_vision_tokens": vision,
+        "num_language_tokens": total - vision,
+        "num_total_tokens": total,
+    }
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
