@@ -179,7 +179,9 @@ def differences(analytic: dict[str, Any], counted: dict[str, Any]) -> dict[str, 
         if part in analytic
     }
     return {
-        part: int(gap[np.abs(gap).argmax()]) for part, gap in gaps.items() if gap.size and gap.any()
+        part: int(gap[np.abs(gap).argmax()])
+        for part, gap in gaps.items()
+        if gap.size and gap.any() and not np.isnan(gap).any()
     }
 
 

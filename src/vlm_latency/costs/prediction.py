@@ -363,7 +363,7 @@ def predict_workload(
             row[f"launches_{part}"],
             predictor.hardware,
             predictor.dtype,
-        )[1].item()
+        )[1]
         for part in PARTS
     }
     first = sum(times[column] for part, column in _TIMES.items() if part != "llm_decode")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,15 +101,14 @@ def cost_columns(
     dtype: str,
 ) -> dict[str, Any]:
     """Everything that follows from shapes alone, by column name; arrays as long as `shape`'s."""
-    flops = {
-        name: costs.flops(shape, name)
-        for name in ("rule", "analytic", "analytic_causal", *(["counted"] if counted else []))
-    }
+    flops = {name: costs.flops(shape, name) for name in ("rule", "analytic", "analytic_causal")}
     if counted:
+        flops["counted"] = _where_it_runs("FLOPs", lambda: costs.flops(shape, "counted"))
         for part, gap in differences(flops["analytic"], flops["counted"]).items():
-            logger.warning("%s: counted FLOPs exceed analytic ones by up to %d", part, gap)
+            logger.warning("%s: counted FLOPs differ from analytic ones by up to %d", part, gap)
+    launches = _where_it_runs("launches", lambda: costs.launches(shape))
     chosen = flops[ESTIMATORS[estimator]]
-    moved, launches = costs.bytes_moved(shape, dtype), costs.launches(shape)
+    moved = costs.bytes_moved(shape, dtype)
     columns: dict[str, Any] = {}
     for part in (*PARTS, "total"):
         columns[f"flops_{part}"] = chosen[part]
@@ -126,10 +125,20 @@ def cost_columns(
         for part in PARTS:
             # The executed work bounds the time, whichever estimator fills flops_*.
             work = flops["analytic"][part]
-            bound, side = roofline_ms(work, moved[part], launches[part], hardware, dtype)
+            started = np.nan_to_num(launches[part])
+            bound, side = roofline_ms(work, moved[part], started, hardware, dtype)
             columns[f"roofline_ms_{part}"], columns[f"roofline_bound_{part}"] = bound, side
             bounds.append(bound)
         columns["roofline_ms_total"] = sum(bounds)
     columns["predicted_kv_cache_bytes"] = costs.kv_cache_bytes(shape, dtype)
     columns["predicted_peak_memory_bytes"] = costs.peak_memory_bytes(shape, dtype)
     return columns
+
+
+def _where_it_runs(what: str, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is counted by running on shapes; NaN, and a warning, for a model that does not run so."""
+    try:
+        return count()
+    except Exception as error:  # whatever an unknown model's code raises on the meta device
+        logger.warning("%s cannot be counted on the meta device: %s", what, error)
+        return dict.fromkeys((*PARTS, "total"), np.nan)
