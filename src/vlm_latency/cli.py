@@ -14,6 +14,15 @@ from kedro.framework.cli.project import run as kedro_run
 from vlm_latency.errors import UserError
 
 
+# How Kedro's own sentences about a mistyped command begin.
+KEDRO_REFUSALS = (
+    "Failed to find the pipeline",
+    "Pipeline does not contain",
+    "Given configuration path either does not exist",
+    "module 'kedro.runner' has no attribute",
+)
+
+
 @click.group(name="vlm-latency")
 def cli() -> None:
     """Commands of the vlm-latency project."""
@@ -24,8 +33,10 @@ class Run(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         traceback = ctx.params.pop("traceback") or bool(os.environ.get("VLM_LATENCY_TRACEBACK"))
-        # Both spellings, --pipeline and --pipelines, stay: there is nothing to act on.
-        warnings.filterwarnings("ignore", message=".*--pipeline' is deprecated.*")
+        # Both spellings, --pipeline and --pipelines, stay: there is nothing to act on. An
+        # environment without a folder is an error of its own, in which --async ends too.
+        for known in (".*'--(pipeline|async)' is deprecated", "Parameters not found"):
+            warnings.filterwarnings("ignore", message=known)
         with _one_message(traceback):
             return super().invoke(ctx)
 
@@ -56,7 +67,7 @@ def user_error(error: BaseException | None) -> str | None:
         Its message; ``None`` when this is a defect of the program, whose traceback is wanted.
     """
     while error is not None:
-        if isinstance(error, UserError) or str(error).startswith("Failed to find the pipeline"):
+        if isinstance(error, UserError) or str(error).startswith(KEDRO_REFUSALS):
             return str(error)
         error = error.__cause__ or error.__context__
     return None

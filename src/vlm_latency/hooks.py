@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,13 @@ class ProjectHooks:
             for node in pipeline.nodes
             if node.namespace and node.short_name == "measure"
         )
-        measuring = bool(measured) or any("owns_device" in node.tags for node in pipeline.nodes)
-        runner = run_params["runner"].split(".")[-1]
-        if measuring and not runner.startswith("SequentialRunner"):
+        self._measuring = any("owns_device" in node.tags for node in pipeline.nodes)
+        runner = re.search(r"\w*Runner\b", run_params["runner"])  # None: Kedro's default
+        if self._measuring and runner and runner[0] != "SequentialRunner":
             raise MeasurementError(
-                f"found runner {runner}; a measurement must have its device to itself: use the "
+                f"found runner {runner[0]}; a measurement must have its device to itself: use the "
                 "SequentialRunner (Kedro's default)"
             )
-        if run_params.get("runner_is_async"):
-            raise MeasurementError("--async lets other work overlap a measurement: leave it out")
         refuse_contradictions(self._options, pipeline.all_outputs())
         inputs = pipeline.inputs()
         for line in check(
@@ -73,6 +72,15 @@ class ProjectHooks:
             },
         ):
             log.info(line)
+
+    @hook_impl
+    def before_node_run(self, is_async: bool) -> None:
+        """Refuse what overlaps; Kedro tells the hooks before the first node, no earlier."""
+        if is_async and self._measuring:
+            raise MeasurementError(
+                "found is_async (--async); it lets loading and saving overlap a measurement: "
+                "leave it out"
+            )
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline) -> None:

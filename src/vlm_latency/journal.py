@@ -96,16 +96,18 @@ class Journal:
             When another process writes the same journal, or the disk is full; what was written
             before stays whole.
         """
-        file = self._open(fingerprint, conditions)
-        start = file.seek(0, os.SEEK_END)
+        file, start = None, 0
         try:
+            file = self._open(fingerprint, conditions)
+            start = file.seek(0, os.SEEK_END)
             ending = [{_SESSION: session}] if session else []
             left = memoryview(b"".join(_line(row) for row in [*rows, *ending]))
             while left:  # a nearly full disk takes a part and says so only at the next write
                 left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError as error:
-            file.truncate(start)  # half a line would swallow the next one
+            if file is not None:
+                file.truncate(start)  # half a line would swallow the next one
             raise MeasurementError(
                 f"cannot write the journal {self.path(fingerprint)}: {error.strerror}; free some "
                 "space and run the same command again, it continues where it stopped"

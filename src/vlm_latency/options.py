@@ -10,6 +10,7 @@ protocol says".
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -34,13 +35,21 @@ def _output_length(value: Any) -> str:
     text = str(value)
     if text in {"natural", "answer", "none"} or (text.isdigit() and int(text) > 0):
         return text
-    raise ValueError(f"found {value!r}; expected natural, answer, none or a positive number")
+    raise ValueError("expected natural, answer, none or a positive number")
+
+
+def _tiling(value: Any) -> str:
+    text = str(value)
+    if text == "none" or re.fullmatch(r"[1-9]\d*[x×][1-9]\d*", text):
+        return text
+    raise ValueError("expected rows x columns, such as 2x3, or none")
 
 
 Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
 Sizes = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Folders = Annotated[tuple[str, ...], BeforeValidator(_words)]
 OutputLength = Annotated[str, BeforeValidator(_output_length)]
+Tiling = Annotated[str, BeforeValidator(_tiling)]
 
 
 class Group(BaseModel):
@@ -123,7 +132,7 @@ class SamplingOptions(Group):
     sizes: Sizes | None = None  # "336x336 672x336": for models without tiles
     # exp4
     max_new_tokens_list: Lengths | None = None
-    tiling: str | None = None  # "2x3": one prompt size for every image; "none": as they are
+    tiling: Tiling | None = None  # "2x3": one prompt size for every image; "none": as they are
     on_too_long: Literal["refuse", "drop"] = "refuse"
     use_eos_token: bool = False
 
@@ -167,8 +176,8 @@ class ExperimentOverrides(Group):
     """``expN.*``: sampling of its own, and overrides of the shared groups."""
 
     sampling: SamplingOptions = SamplingOptions()
-    measurement: dict[str, Any] = {}
-    flops: dict[str, Any] = {}
+    measurement: MeasurementOptions = MeasurementOptions()
+    flops: FlopsOptions = FlopsOptions()
 
 
 class Exp5Options(Group):
@@ -176,7 +185,7 @@ class Exp5Options(Group):
 
     vision_results: str | None = None
     language_results: str | None = None
-    flops: dict[str, Any] = {}
+    flops: FlopsOptions = FlopsOptions()
 
 
 class CalibrationOptions(Group):
@@ -193,7 +202,7 @@ class CalibrationOptions(Group):
     injections: Annotated[int, Field(ge=1)] = 12
     method_requests: Annotated[int, Field(ge=1)] = 12
     output_tokens: Annotated[int, Field(ge=2)] = 8
-    tiling: str = "1x1"
+    tiling: Tiling = "1x1"
     ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
 
 
@@ -285,14 +294,8 @@ class Options(Group):
             options = cls.model_validate(parameters)
         except ValidationError as error:
             raise UserError(_explain(error, cls)) from None
-        wrong = []
         for name in EXPERIMENTS:
-            try:
-                options.experiment(name)
-            except ValidationError as error:
-                wrong += _explain(error, ExperimentOptions, prefix=f"{name}.").splitlines()
-        if wrong:
-            raise UserError("\n".join(dict.fromkeys(wrong)))
+            options.experiment(name)  # refuses what contradicts itself
         return options
 
     def experiment(self, name: str, weights: str = "pretrained") -> ExperimentOptions:
@@ -309,19 +312,19 @@ class Options(Group):
         own: Any = getattr(self, name)
         preset = PRESETS[self.protocol]
         sampling = getattr(own, "sampling", SamplingOptions())
+        asked = self.measurement.model_dump() | _given(own, "measurement")
         measurement = _settle(
-            {**self.measurement.model_dump(), **getattr(own, "measurement", {})},
+            asked,
             {
                 **preset["measurement"],
                 "output_length": _default_length(name, self.protocol, weights),
             },
         )
         if measurement["use_hook_for_llm_prefill"]:
-            asked = {**self.measurement.model_dump(), **getattr(own, "measurement", {})}["method"]
-            if asked not in (None, "hook"):
+            if asked["method"] not in (None, "hook"):
                 raise UserError(
                     f"{name}.measurement: use_hook_for_llm_prefill=true is another name for "
-                    f"method=hook, but method={asked} was given too; give one of them"
+                    f"method=hook, but method={asked['method']} was given too; give one of them"
                 )
             measurement["method"] = "hook"
         return ExperimentOptions.model_validate(
@@ -334,12 +337,16 @@ class Options(Group):
                 "prompt": self.prompt.model_dump(),
                 "sampling": _settle(sampling.model_dump(), preset["sampling"]),
                 "measurement": measurement,
-                "flops": _settle(
-                    {**self.flops.model_dump(), **getattr(own, "flops", {})}, preset["flops"]
-                ),
+                "flops": _settle(self.flops.model_dump() | _given(own, "flops"), preset["flops"]),
                 "figures": _settle(self.figures.model_dump(), preset["figures"]),
             }
         )
+
+
+def _given(own: Group, group: str) -> dict[str, Any]:
+    """What an experiment says about a shared group; a study beside them says nothing."""
+    override = getattr(own, group, None)
+    return override.model_dump(exclude_unset=True) if override else {}
 
 
 def _settle(values: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
@@ -354,28 +361,28 @@ def _default_length(name: str, protocol: str, weights: str) -> str:
     return "answer" if weights == "random" else "natural"
 
 
-def _explain(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown parameter '{prefix}{path}'{_nearest(item['loc'], root, prefix)}")
+            lines.append(f"unknown parameter '{path}'{_nearest(item['loc'], root)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
             found = "" if isinstance(item["input"], dict) else f"found {item['input']!r}: "
-            lines.append(f"parameter '{prefix}{path}': {found}{message}")
+            lines.append(f"parameter '{path}': {found}{message}")
     return "\n".join(lines)
 
 
-def _nearest(loc: tuple[int | str, ...], root: type[BaseModel], prefix: str) -> str:
+def _nearest(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """Suggest the nearest right name beside a mistyped one."""
     known: Any = root
     for part in loc[:-1]:
         known = known.model_fields[str(part)].annotation
     names = list(known.model_fields)
     near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-    parent = prefix + "".join(f"{part}." for part in loc[:-1])
+    parent = "".join(f"{part}." for part in loc[:-1])
     if near:
         return f"; did you mean '{parent}{near[0]}'?"
     return f"; known there: {', '.join(names)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,8 @@ def check(
             settled = options.experiment(name, handle.weights)
             if name == "exp4":
                 attempt(_fits_positions, settled, handle)
+            attempt(_drawable, settled, questions, handle)
             lines.append(_line(settled, handle))
-    if questions is not None and experiments and set(experiments) != {"exp3"}:
-        attempt(questions.load)
     if problems:
         raise UserError("\n".join(problems))
     return lines
@@ -100,7 +100,7 @@ def _writable(root: Path) -> None:
 
 def _ready(handle: Any) -> bool:
     """Check name, device and memory, without loading the weights."""
-    _ = handle.device
+    _ = handle.weights, handle.device
     handle.check_fits()
     return True
 
@@ -116,6 +116,13 @@ def _fits_positions(options: ExperimentOptions, handle: Any) -> None:
         f"to {max(long.values())} positions, and {handle.architecture.name} has "
         f"{handle.architecture.max_positions}; leave them out, or set exp4.sampling.on_too_long=drop"
     )
+
+
+def _drawable(options: ExperimentOptions, questions: Any, handle: Any) -> None:
+    """Draw the requests as the experiment will, but open no image."""
+    from vlm_latency.pipelines.data_sampling.nodes import draw_requests
+
+    draw_requests(options, replace(questions.load(), root=None, fetch=None), handle)
 
 
 def _line(options: ExperimentOptions, handle: Any) -> str:
