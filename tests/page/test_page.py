@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_latency.options import Options
 from vlm_latency.page import build_page, collect_results
+from vlm_latency.statistics import compare_paired
 
 
 class Reader(html.parser.HTMLParser):
@@ -83,6 +84,28 @@ def test_numbers_come_with_interval_and_method(page):
     assert "median of T_total (P50) 12 ms [12, 12] order statistics; n = 8" in text
     assert "the upper bound of P99 needs n >= 368 (found 8)" in text
     assert "instrumented / bare generate() 1.0020 [0.9980, 1.0060] t; n = 40" in text
+
+
+def test_a_comparison_tells_verdict_ratio_and_what_differs(folder):
+    (folder / "compare").mkdir()
+    total = compare_paired([10.0, 11.0, 10.5, 10.2], [11.0, 12.1, 11.6, 11.2])
+    comparison = {
+        "verdict": total.verdict,
+        "n_matched": 4,
+        "components": {"T_total": total.to_dict()},
+    }
+    result = {
+        "schema_version": 1,
+        "comparisons": {"new: exp1": comparison},
+        "environment_differences": {"new": {"software.torch": ["2.12", "2.13"]}},
+    }
+    (folder / "compare" / "compare.json").write_text(json.dumps(result))
+    text = Reader(build_page(collect_results(folder))).text
+    assert re.search(
+        r"new: exp1 SLOWER, T_total × 1\.\d+ \[.*?\] 4 requests matched; differences", text
+    )
+    assert "new differs in software.torch: 2.12 → 2.13" in text
+    assert "Delays come back within 1 %." in text
 
 
 def test_names_are_escaped(page):

@@ -334,6 +334,11 @@ class TestComparison:
         ]
         assert words(figure).count("SAME") == 6
 
+    def test_many_candidates_are_counted_in_the_title(self, made, context):
+        runs = {name: made.compared() for name in "abc"} | {"d": made.compared(1)}
+        shown = words(comparison.ratios(runs, "old", 0.02, context, Style()))
+        assert "4 comparisons with old: 3 SLOWER, 1 SAME" in shown
+
     def test_nothing_in_common(self, context):
         nothing = {"new": {"verdict": None, "n_matched": 0, "components": {}}}
         figure = comparison.ratios(nothing, "old", 0.02, context, Style())

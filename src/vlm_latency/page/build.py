@@ -134,11 +134,6 @@ ABOUT = {
     "compare": About(
         "Comparison",
         "Which run is faster, and is the difference certain?",
-        (
-            Fact("verdict", ("verdict",)),
-            Fact("T_total, candidate / baseline", ("components", "T_total", "ratio")),
-            Fact("requests matched", ("n_matched",)),
-        ),
     ),
 }
 COVERAGE = ("planned", "measured", "failed", "missing")
@@ -228,14 +223,43 @@ def _section(study: Study) -> dict[str, Any]:
             (fact.label, _written(value, fact.unit, fact.scale), _note(value))
             for fact in about.facts
             if (value := _follow(statistics, fact.path)) not in (None, [], "")
-        ],
-        "notes": list(statistics.get("notes") or []),
+        ]
+        + _comparisons(result),
+        "notes": _notes(result),
         "figures": figures,
         "tables": [_table(path) for path in study.tables],
         "options": _flat(result.get("options") or {}),
         "command": _command(study.name, result.get("options") or {}),
         "files": [(f"../{file}", file) for file in study.files],
     }
+
+
+def _comparisons(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Tell each comparison with the baseline in a line."""
+    facts = []
+    for name, comparison in (result.get("comparisons") or {}).items():
+        total = (comparison.get("components") or {}).get("T_total") or {}
+        ratio = f", T_total × {interval(total.get('ratio'))}" if total else ""
+        note = [f"{comparison.get('n_matched', 0)} requests matched"]
+        if total.get("smallest_visible") is not None:
+            visible = number(100 * total["smallest_visible"])
+            note.append(f"differences under {visible} % could not have been seen")
+        note += comparison.get("notes") or []
+        facts.append((name, f"{comparison.get('verdict') or 'UNDECIDED'}{ratio}", "; ".join(note)))
+    return facts
+
+
+def _notes(result: Mapping[str, Any]) -> list[str]:
+    """Gather what a study says in sentences."""
+    notes = list((result.get("statistics") or {}).get("notes") or [])
+    if isinstance(result.get("verdict"), list):
+        notes += result["verdict"]
+    for run, differing in (result.get("environment_differences") or {}).items():
+        notes += [
+            f"{run} differs in {condition}: {before} → {after}"
+            for condition, (before, after) in differing.items()
+        ]
+    return notes
 
 
 def _model_name(result: Mapping[str, Any]) -> str:
@@ -290,6 +314,8 @@ def _figure(path: Path) -> dict[str, Any]:
         small = image.convert("RGB")
         small.thumbnail((FIGURE_WIDTH, 4 * FIGURE_WIDTH), Image.Resampling.LANCZOS)
         flat = small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        white = [255 if value > 250 else value for value in flat.getpalette() or []]
+        flat.putpalette(white)  # the octree's white is a little grey beside the page's
         flat.save(buffer, "PNG")
     data = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"data": data, "width": round(inches * PIXELS_PER_INCH)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from vlm_latency.plots.style import (
 
 VERDICTS = {"FASTER": "#009E73", "SLOWER": "#D55E00", "SAME": "#333333", "UNDECIDED": MUTED}
 MARKERS = "os^Dv<>P"
+FEW = 3  # comparisons that a title can tell one by one
 
 
 def ratios(
@@ -48,13 +50,14 @@ def ratios(
         dict.fromkeys(name for c in comparisons.values() for name in c.get("components", {}))
     )
     count = max(1, len(comparisons))
+    row = (0.34 if count == 1 else 0.2) * (1.4 if style.paper else 1.0)  # inches
     with style.applied():
         figure, axes = panels(
             style,
             context,
             _title(comparisons, baseline),
             [["ratios"]],
-            panel=(8.0, 1.2 + 0.32 * len(names) * count),
+            panel=(8.0, 1.2 + row * len(names) * count),
         )
         plot = axes["ratios"]
         headline(plot, "Ratio with its 95 % interval")
@@ -110,6 +113,10 @@ def ratios(
 
 
 def _title(comparisons: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+    if len(comparisons) > FEW:
+        verdicts = Counter(result.get("verdict") or "UNDECIDED" for result in comparisons.values())
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
+        return f"{len(comparisons)} comparisons with {baseline}: {counts}"
     said = []
     for run, result in comparisons.items():
         total = result.get("components", {}).get("T_total")

@@ -56,7 +56,7 @@ def flops_vs_latency(
         `exp3`, `exp4`, `combined`: each with `r_squared`, `pearson`, `spearman` (estimates or
         numbers) and `fit` (`slope` in ms per FLOP, `intercept` in ms; optional `band`), or None;
         `ms_per_tflop`, optional: estimates by `encoder`, `prefill`, `decode`; `held_out_error`,
-        optional: estimates (1 is 100 %) by `flops`, `tokens`, `roofline_nominal`,
+        optional: mean absolute errors (estimates, 1 is 100 %) by `flops`, `tokens`, `roofline_nominal`,
         `roofline_calibrated`; `estimator`: name of the FLOPs' estimator.
     """
     with style.applied():
@@ -182,7 +182,7 @@ def _errors(axes: Axes, errors: Mapping[str, Any] | None) -> None:
     axes.set_yticks(range(len(shown)), names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="median absolute error (%)", xlim=(0, 1.75 * reach or 1.0))
+    axes.set(xlabel="mean absolute error (%)", xlim=(0, 1.75 * reach or 1.0))
     return None
 
 
