@@ -13,7 +13,6 @@ from kedro.framework.cli.project import run as kedro_run
 
 from vlm_latency.errors import UserError
 
-
 # How Kedro's own sentences about a mistyped command begin.
 KEDRO_REFUSALS = (
     "Failed to find the pipeline",
