@@ -480,8 +480,7 @@ def _noise_verdict(null: Mapping[str, Any]) -> list[str]:
 def _overhead_verdict(overhead: Mapping[str, Any], null: Mapping[str, Any]) -> str:
     ratio = overhead["ratio"]
     target = TARGET_OVERHEAD[overhead["baseline_mean"] < LONG_MS]
-    interval = f"{ratio['value']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-    said = f"measuring takes {interval} times as long as a bare generate()"
+    said = f"measuring takes {_shown(ratio, '.3f')} times as long as a bare generate()"
     if ratio["low"] <= 1 <= ratio["high"]:
         said += ", which is not told from none"
     if ratio["high"] <= target:
@@ -513,10 +512,10 @@ def _remainder_verdict(remainder: Mapping[str, Any]) -> str:
 
 
 def _alarms_verdict(alarms: Mapping[str, Any]) -> str:
-    share, low, high = (alarms["share"][key] for key in ("value", "low", "high"))
+    share = alarms["share"]["value"]
     said = (
         f"{alarms['alarms']} of {alarms['n_comparisons']} comparisons of a configuration with "
-        f"itself saw a difference: {share:.1%} ({low:.1%} to {high:.1%}) at a nominal "
+        f"itself saw a difference: {_shown(alarms['share'], '.1%')} at a nominal "
         f"{alarms['nominal']:.0%}, from {alarms['runs']} runs"
     )
     if alarms["n_comparisons"] < 100:
@@ -532,10 +531,16 @@ def _method_verdict(name: str, about: Mapping[str, Any]) -> str:
     closure = about["closure_ms"]["value"]
     return (
         f"{name}: components at or below zero before clamping: {parts}; its parts miss T_total by "
-        f"{closure:+.2g} ms (median); {about['wall_ratio']['value']:.2f} "
-        f"({about['wall_ratio']['low']:.2f} to {about['wall_ratio']['high']:.2f}) times the wall "
-        "time of a bare generate()"
+        f"{closure:+.2g} ms (median); {_shown(about['wall_ratio'], '.2f')} times the wall time of "
+        "a bare generate()"
     )
+
+
+def _shown(estimate: Mapping[str, Any], spec: str) -> str:
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None or high is None:
+        return f"{value:{spec}} (no interval)"
+    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
 def _warmup_verdict(warm: Mapping[str, Any]) -> str:
