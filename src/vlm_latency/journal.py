@@ -51,9 +51,10 @@ class Journal:
         return sorted(p for p in self.folder.glob("*.jsonl") if p != self.path(fingerprint))
 
     def conditions(self, path: Path) -> dict[str, Any]:
-        """Read the conditions that a file's header spells out."""
+        """Read the conditions that a file's header spells out; none where it is torn."""
         with path.open("rb") as file:
-            return dict(json.loads(file.readline())["conditions"])
+            header = file.readline()
+        return dict(json.loads(header)["conditions"]) if header.endswith(b"\n") else {}
 
     def read(self, fingerprint: str) -> pd.DataFrame:
         """Read the runs measured under these conditions, a run that was tried again by its last try.

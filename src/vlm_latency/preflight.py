@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kedro.io import DatasetError
+
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
 from vlm_latency.options import ExperimentOptions, Options
 
@@ -50,8 +52,11 @@ def check(
     def attempt(step: Any, *args: Any) -> Any:
         try:
             return step(*args)
-        except UserError as error:
-            problems.append(str(error))
+        except (UserError, DatasetError) as error:
+            cause = error.__cause__ if isinstance(error, DatasetError) else error
+            if not isinstance(cause, UserError):
+                raise
+            problems.append(str(cause))
             return None
 
     if model is not None and questions is not None:
@@ -72,7 +77,7 @@ def check(
             attempt(_drawable, settled, questions, handle)
             lines.append(_line(settled, handle))
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return lines
 
 

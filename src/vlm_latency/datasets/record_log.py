@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NotRequired, TypedDict
 
 from kedro.io import AbstractDataset
@@ -18,6 +19,12 @@ class Chunk(TypedDict):
     session: NotRequired[dict[str, Any]]
 
 
+@cache
+def _journal(folder: str) -> Journal:
+    """One journal per folder and process: a broken run leaves its file open and locked."""
+    return Journal(folder)
+
+
 class RecordLog(AbstractDataset[Chunk, Journal]):
     """Append-only log of runs: saving appends a chunk, loading gives the ``Journal``.
 
@@ -30,10 +37,11 @@ class RecordLog(AbstractDataset[Chunk, Journal]):
     """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._journal = Journal(filepath)
+        self._journal = _journal(filepath)
         self.metadata = metadata
 
     def load(self) -> Journal:
+        self._journal.close()  # what is to be read is written, by this run or a broken one
         return self._journal
 
     def save(self, data: Chunk) -> None:

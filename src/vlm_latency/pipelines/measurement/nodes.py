@@ -106,7 +106,7 @@ def measure(
         fetch=lambda row: image_bytes(row, questions.root),
         template=options.prompt.template,
         fingerprint=mark,
-        start_index=len(finished),
+        start_index=0 if finished.empty else int(finished["order_index"].max()) + 1,
         log=session,
     ):
         yield {**head, "rows": rows}  # type: ignore[typeddict-item]
