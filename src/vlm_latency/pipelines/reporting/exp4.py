@@ -100,7 +100,7 @@ def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _steps(rows: pd.DataFrame) -> pd.DataFrame:
     """Put every decode step of every run on a line of its own: position (from 1), ms, image."""
-    known = rows[rows["decode_step_ms"].map(lambda steps: steps is not None and np.size(steps) > 0)]
+    known = rows[rows["decode_step_ms"].map(lambda steps: np.ndim(steps) == 1 and len(steps) > 0)]
     if known.empty:
         return pd.DataFrame({"position": [], "ms": [], "image": []})
     image = common.clusters(known)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vlm_latency.pipelines.reporting import exp1, exp2, exp3, exp4, exp5
 
-REPORTS = {
+REPORTS: dict[str, Callable[..., Any]] = {
     "exp1": exp1.report,
     "exp2": exp2.report,
     "exp3": exp3.report,

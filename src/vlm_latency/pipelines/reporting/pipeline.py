@@ -1,8 +1,5 @@
 """reporting: records become a result with its statistics, figures, tables and the page."""
 
-from collections.abc import Callable
-from typing import Any
-
 from kedro.pipeline import Pipeline, node
 
 from vlm_latency.pipelines.reporting import nodes
@@ -27,12 +24,11 @@ FIGURES = {
 
 def create_pipeline(experiment: str) -> Pipeline:
     """Report on one experiment."""
-    write: Callable[..., Any] = nodes.REPORTS[experiment]
     figures = [f"figure_{name}" for name in FIGURES[experiment]]
     return Pipeline(
         [
             node(
-                write,
+                nodes.REPORTS[experiment],
                 inputs=["options", *EVIDENCE[experiment]],
                 outputs=["result", "tables", *figures],
                 name="report",
