@@ -1,5 +1,7 @@
 """Requests: the tokenizer, the placeholders, and counts that are the processors' own."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,12 @@ from vlm_latency.models.requests import image_token_id
 from vlm_latency.models.tokenizer import FILE, build_tokenizer, train
 from vlm_latency.options import ModelOptions
 
-READY = [n for n in known_models() if n.startswith("tiny-") and n != "tiny-molmo2"]
+NEEDS_TORCHVISION = {"tiny-molmo2"}
+READY = [
+    name
+    for name in known_models()
+    if name.startswith("tiny-") and (find_spec("torchvision") or name not in NEEDS_TORCHVISION)
+]
 SIZES = [(640, 480), (333, 500), (61, 47), (1300, 200), (896, 896)]
 PROMPT = "What color is the cat?"
 
@@ -78,9 +85,12 @@ def test_image_tokens_are_what_prepare_gives(name, architectures):
         ("tiny-gemma3", lambda c: c.num_vision_tokens),
         ("tiny-internvl", lambda c: c.num_vision_tokens + 2),
         ("tiny-smolvlm", lambda c: c.num_total_tokens),
+        ("tiny-molmo2", lambda c: c.num_total_tokens),
     ],
 )
 def test_counts_equal_the_processors_own(name, counted, architectures):
+    if name not in READY:
+        pytest.skip("needs torchvision")
     found = architectures[name]
     for width, height in SIZES:
         own = found.preparer.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
@@ -157,11 +167,8 @@ def test_ladder_of_a_model_with_any_size_is_even_in_tokens(architectures):
     assert max(np.diff(tokens)) < 3 * min(np.diff(tokens))
 
 
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
 def test_molmo2_asks_for_torchvision():
-    from transformers.utils.import_utils import is_torchvision_available
-
-    if is_torchvision_available():
-        pytest.skip("torchvision is here")
     with pytest.raises(ModelError, match=r'molmo2.*"pip install torchvision"'):
         _ = describe(ModelOptions(name="tiny-molmo2")).preparer
 

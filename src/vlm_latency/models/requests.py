@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
-from vlm_latency.models.tokenizer import build_tokenizer
 from vlm_latency.models.zoo import Family
 from vlm_latency.molmo.tiling import select_tiling
 
@@ -223,11 +222,12 @@ def pretrained_preparer(
     from transformers.models.auto import processing_auto
     from transformers.utils.import_utils import is_torchvision_available
 
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    molmo = config.model_type == "molmo"  # ours, even where remote code is trusted
+    where = {"revision": revision, "trust_remote_code": trust_remote_code and not molmo}
     names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     known = family.processor or names.get(config.model_type)
     try:
-        if config.model_type == "molmo" or is_torchvision_available() or not known:
+        if molmo or is_torchvision_available() or not known:
             processor = AutoProcessor.from_pretrained(path, **where)
         else:
             # AutoProcessor would load the video part as well, which needs torchvision.
@@ -284,6 +284,8 @@ def _chat(processor: Any) -> Callable[[str], str]:
 
 def _family_tokenizer(family: Family, config: Any) -> Any:
     """The bundled tokenizer with the family's special tokens at the configuration's ids."""
+    from vlm_latency.models.tokenizer import build_tokenizer
+
     text_config = config.get_text_config()
     vocab_size = text_config.vocab_size - getattr(config, "additional_vocab_size", 0)
     rows = text_config.vocab_size + getattr(text_config, "additional_vocab_size", 0)
@@ -347,11 +349,16 @@ def _wants_video(name: str) -> bool:
 
 def _without_video(processor_class: Any) -> Any:
     """The processor for images only: its video part needs torchvision."""
+    from transformers.processing_utils import ProcessorMixin
 
-    class ImagesOnly(processor_class):  # type: ignore[misc]
+    class ImagesOnly(ProcessorMixin):
+        """Comes after the family's class, whose constructor hands its parts on to here."""
+
+        def __init__(self, *parts: Any, **kwargs: Any) -> None:
+            super().__init__(*(part for part in parts if part is not None), **kwargs)
+
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [name for name in super().get_attributes() if name != "video_processor"]
 
-    ImagesOnly.__name__ = processor_class.__name__
-    return ImagesOnly
+    return type(processor_class.__name__, (processor_class, ImagesOnly), {})
