@@ -290,8 +290,9 @@ def _note(value: Any) -> str:
     """Say how an interval was made, and what is to be known of it."""
     if not isinstance(value, Mapping):
         return ""
+    method = value.get("method")
     size = f"n = {value['n']:,}" if value.get("n") else ""
-    return "; ".join(filter(None, (str(value.get("method") or ""), size, value.get("note"))))
+    return "; ".join(filter(None, ("" if method == "none" else method, size, value.get("note"))))
 
 
 def _numbers(numbers: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:

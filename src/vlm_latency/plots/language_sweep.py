@@ -150,8 +150,9 @@ def _steps(axes: Axes, rows: pd.DataFrame, steps: Mapping[str, Any] | None) -> N
         axes.plot(steps["position"], steps["median"], color="black", label="running median")
     low, middle, high = np.percentile(times, [0.5, 50, 99.5])
     margin = (high - low) / 2 or 0.1 * middle or 1.0
-    axes.set_ylim(low - margin, high + margin)
-    if beyond := int(((times < low - margin) | (times > high + margin)).sum()):
+    bottom, top = max(0.0, low - margin), high + margin
+    axes.set_ylim(bottom, top)
+    if beyond := int(((times < bottom) | (times > top)).sum()):
         axes.plot([], [], " ", label=f"{beyond:,} of {times.size:,} steps lie outside this view")
     axes.set(xlabel="position of the output token", ylabel="decode step (ms)")
     if axes.get_legend_handles_labels()[1]:

@@ -44,12 +44,15 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     '12.35 ms [12.10, 12.60]'
     >>> interval({"value": 540.0, "low": 496.0, "high": None}, "ms"), interval(0.5, "%", 100)
     ('540 ms [496, ?]', '50 %')
+    >>> interval({"value": 1.07, "low": None, "high": None})
+    '1.07 [?, ?]'
     """
     value, low, high = ends(statistic)
     unit = f" {unit}" if unit else ""
     bounds = [scale * bound for bound in (low, high) if bound is not None]
     if not bounds:
-        return number(scale * value) + unit
+        missing = " [?, ?]" if isinstance(statistic, Mapping) and math.isfinite(value) else ""
+        return number(scale * value) + unit + missing
     drawn = [*bounds, scale * value]
     width = max(drawn) - min(drawn)
     if width <= 1e-12 * abs(scale * value):
