@@ -200,12 +200,7 @@ def measure(
     rows = {row["request_id"]: row for row in _records(requests)}
     allowed = max(1.0, options.max_failures * len(planned))
     session = Session(vlm, options, fetch, template, log)
-    identity = {
-        "fingerprint": fingerprint,
-        "model": model_name or vlm.options.name,
-        "device": str(vlm.device),
-        "worker": f"{platform.node()}:{os.getpid()}",
-    }
+    identity = _identity(vlm, model_name or vlm.options.name, fingerprint)
     first_index = len(done) if start_index is None else start_index
     log.started_at = _now()
     start = time.perf_counter()
@@ -226,11 +221,7 @@ def measure(
                     ready, chunk, flushed = chunk, [], now
                     yield ready
                 if stop:
-                    raise MeasurementError(
-                        f"{log.failures} of {log.runs} runs failed, more than "
-                        f"measurement.max_failures={options.max_failures:g} of {len(planned)} "
-                        f"allows; the last error: {row['error']}"
-                    )
+                    raise _too_many(log, options, len(planned), row["error"])
         except KeyboardInterrupt:
             log.interrupted = True
             if chunk:
@@ -241,6 +232,80 @@ def measure(
                 yield chunk
         finally:
             log.wall_s = time.perf_counter() - start
+
+
+def interleave(
+    vlms: Mapping[str, Any],
+    requests: pd.DataFrame,
+    options: MeasurementOptions,
+    *,
+    fetch: Fetch,
+    template: str = "{question}",
+    progress: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """Make every planned run with all of several models, one right after the other.
+
+    Which one comes first is drawn for each run, from ``options.seed``. A meter is on its model
+    only while that is measured: models may share modules, or be one and the same.
+
+    Parameters
+    ----------
+    vlms
+        Models by the name that their rows get, all with the same number of CPU threads.
+    requests, options, fetch, template, progress
+        As in `measure`.
+
+    Yields
+    ------
+    dict
+        Rows as those of `measure`, without a fingerprint; ``order_index`` counts over all models.
+
+    Raises
+    ------
+    MeasurementError
+        As `measure`, for each model.
+    """
+    planned = plan(requests, options)
+    rows = {row["request_id"]: row for row in _records(requests)}
+    generator = np.random.default_rng(options.seed)
+    bar = _Progress(total=len(planned) * len(vlms), disable=not progress)
+    with contextlib.ExitStack() as stack:
+        sessions, logs = [], [SessionLog() for _ in vlms]
+        for vlm, log in zip(vlms.values(), logs, strict=True):
+            stack.enter_context(undisturbed(vlm))
+            session = Session(vlm, options, fetch, template, log)
+            sessions.append(stack.enter_context(contextlib.closing(session)))
+            session.open(list(rows.values()))
+        stack.enter_context(bar)
+        identities = [_identity(vlm, name) for name, vlm in vlms.items()]
+        for position, run in enumerate(_records(planned)):
+            for turn, which in enumerate(generator.permutation(len(sessions))):
+                row = sessions[which].run(rows[run["request_id"]])
+                order = {"order_index": position * len(sessions) + turn}
+                yield {**row, **identities[which], **run, **order}
+                bar.update()
+                gc.collect(1)
+                if logs[which].failures > max(1.0, options.max_failures * len(planned)):
+                    raise _too_many(logs[which], options, len(planned), row["error"])
+
+
+def _identity(vlm: Any, name: str, fingerprint: str | None = None) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint,
+        "model": name,
+        "device": str(vlm.device),
+        "worker": f"{platform.node()}:{os.getpid()}",
+    }
+
+
+def _too_many(
+    log: SessionLog, options: MeasurementOptions, planned: int, last: str
+) -> MeasurementError:
+    return MeasurementError(
+        f"{log.failures} of {log.runs} runs failed, more than "
+        f"measurement.max_failures={options.max_failures:g} of {planned} allows; "
+        f"the last error: {last}"
+    )
 
 
 class Session:
