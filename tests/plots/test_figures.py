@@ -290,6 +290,15 @@ class TestFlops:
         rise = np.ptp(line.get_ydata()) / np.ptp(line.get_xdata())
         assert rise == pytest.approx(five.statistics["exp3"]["fit"]["slope"]["value"] * 1e12)
 
+    def test_small_models_count_in_smaller_units(self, made, context):
+        five = made.exp5()
+        five.points["flops"] /= 1000
+        figure = flops.flops_vs_latency(five.points, five.statistics, context, Style())
+        assert panel(figure, "Vision sweep").get_xlabel() == "GFLOP (analytic)"
+        assert panel(figure, "Vision sweep").collections[0].get_offsets()[0, 0] == pytest.approx(
+            0.94
+        )
+
     def test_one_sweep_without_predictors(self, made, context):
         five = made.exp5()
         points = five.points[["sweep", "flops", "latency_ms"]].iloc[:36]

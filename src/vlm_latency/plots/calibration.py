@@ -97,7 +97,7 @@ def _recovered(axes: Axes, injections: pd.DataFrame) -> None:
     axes.plot(limits, limits, color="black", linewidth=0.8, label="as injected")
     if min(injected.min(), recovered.min()) > 0:
         axes.set(xscale="log", yscale="log")
-        levels = np.unique(injected)
+        levels = np.unique([float(f"{delay:.2g}") for delay in injected])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(levels.tolist(), [f"{level:g}" for level in levels])
             axis.set_ticks([], minor=True)
@@ -227,6 +227,7 @@ def _closure(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.set_xlabel("sum of parts − T_total (ms)")
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
+    axes.locator_params(axis="x", nbins=5)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.8 * (high - low))
     return None

@@ -29,6 +29,7 @@ from vlm_latency.plots.style import (
 )
 
 SWEEPS = {"exp3": ("vision sweep", "#0072B2", "o"), "exp4": ("language sweep", "#D55E00", "^")}
+UNITS = ((1e11, "T", 1e12), (1e8, "G", 1e9), (0, "M", 1e6))  # from, prefix, FLOP
 REGIMES = {
     "encoder": COLOURS["T_vision_encoder"],
     "prefill": COLOURS["T_LLM_prefill"],
@@ -104,10 +105,13 @@ def _title(statistics: Mapping[str, Any], context: FigureContext) -> str:
 def _scatter(
     axes: Axes, points: pd.DataFrame, measures: Mapping[str, Any] | None, estimator: str
 ) -> None:
-    flops, latency = column(points, "flops") / 1e12, column(points, "latency_ms")
+    flops, latency = column(points, "flops"), column(points, "latency_ms")
     known = np.isfinite(flops) & np.isfinite(latency)
     if not known.any():
         return nothing(axes)
+    largest = flops[known].max()
+    prefix, unit = next((name, unit) for least, name, unit in UNITS if largest >= least)
+    flops = flops / unit
     for name, (label, colour, marker) in SWEEPS.items():
         chosen = known & (points["sweep"] == name).to_numpy()
         if chosen.any():
@@ -119,14 +123,15 @@ def _scatter(
         fit = measures.get("fit")
         scaled = None
         if fit:
-            slope = ends(fit["slope"])[0] * 1e12
+            slope = ends(fit["slope"])[0] * unit
             scaled = {"slope": slope, "intercept": fit["intercept"]}
             if band := fit.get("band"):
-                scaled["band"] = {**band, "x": np.array(band["x"], dtype=float) / 1e12}
+                scaled["band"] = {**band, "x": np.array(band["x"], dtype=float) / unit}
         draw_fit(axes, scaled, flops[known], "black", "linear fit")
         for key, label in (("r_squared", "R²"), ("pearson", "Pearson"), ("spearman", "Spearman")):
             axes.plot([], [], " ", label=f"{label} {interval(measures.get(key))}")
-    axes.set(xlabel=f"TFLOP ({estimator.replace('_', ' ')})", ylabel="latency (ms)")
+    axes.set(xlabel=f"{prefix}FLOP ({estimator.replace('_', ' ')})", ylabel="latency (ms)")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(bottom=0)
     headroom(axes, 6)
     axes.legend(loc="upper left")
@@ -141,7 +146,7 @@ def _regimes(axes: Axes, regimes: Mapping[str, Any] | None) -> None:
         height, error = ends(value)[0], whiskers(value)
         axes.bar(i, height, 0.6, yerr=error, color=REGIMES.get(name, MUTED), capsize=4)
         axes.annotate(
-            interval(value).replace(" [", "\n["),
+            interval(value).replace(" ", "\n"),
             (i, height + float(error[1, 0])),
             xytext=(0, 3),
             textcoords="offset points",
@@ -154,8 +159,10 @@ def _regimes(axes: Axes, regimes: Mapping[str, Any] | None) -> None:
     heights = [ends(value)[0] for value in shown.values()]
     if min(heights) > 0 and max(heights) / min(heights) > 30:
         axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter("{x:,.15g}")
     axes.margins(x=0.15)
-    headroom(axes, 2)
+    headroom(axes, 3)
     return None
 
 

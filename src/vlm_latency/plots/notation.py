@@ -44,6 +44,8 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     '12.35 ms [12.10, 12.60]'
     >>> interval({"value": 540.0, "low": 496.0, "high": None}, "ms"), interval(0.5, "%", 100)
     ('540 ms [496, ?]', '50 %')
+    >>> interval({"value": 1554950, "low": 1307899, "high": 1802000})
+    '1,550,000 [1,310,000, 1,800,000]'
     >>> interval({"value": 1.07, "low": None, "high": None})
     '1.07 [?, ?]'
     """
@@ -58,9 +60,9 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     if width <= 1e-12 * abs(scale * value):
         shown = number(scale * value)
         return f"{shown}{unit} [{shown}, {shown}]"
-    decimals = min(max(0, 1 - math.floor(math.log10(width))), 6)
+    decimals = min(1 - math.floor(math.log10(width)), 6)
 
     def written(x: float | None) -> str:
-        return "?" if x is None else f"{scale * x:,.{decimals}f}"
+        return "?" if x is None else f"{round(scale * x, decimals):,.{max(0, decimals)}f}"
 
     return f"{written(value)}{unit} [{written(low)}, {written(high)}]"
