@@ -590,7 +590,6 @@ def undisturbed(vlm: Any) -> Iterator[None]:
 
         threads = torch.get_num_threads()
         torch.set_num_threads(vlm.options.num_threads)
-    gc.collect()
     gc.freeze()  # what is there by now stays: collections look at new objects only
     gc.disable()
     try:
