@@ -6,6 +6,7 @@ import pytest
 
 from vlm_latency.costs import CostModel, RequestShape
 from vlm_latency.costs.census import Windows, cache_sum
+from vlm_latency.costs.counted import count_images
 
 # One crop of 2 × 2 patches, 4 vision and 3 text tokens in, 4 tokens out (3 decode steps).
 SHAPE = RequestShape(28, 28, 7, 4, 1, 4, 4)
@@ -157,3 +158,33 @@ def test_launches_follow_forwards_and_not_lengths(by_hand: CostModel) -> None:
     # conv, 2 x (7 linears, attention, 2 norms, …): at least one launch for each
     assert short["llm_prefill"] > 2 * (7 + 1 + 2)
     assert int(np.asarray(by_hand.launches(RequestShape(0, 0, 5, 0, 0, 0, 1))["vision"])) == 0
+
+
+def test_images_that_are_not_counted_follow_from_those_that_are() -> None:
+    traits = {(h, w): (1, h * w, (h * w) ** 2, h + w) for h in range(1, 12) for w in range(1, 12)}
+    asked = []
+
+    def count(image: tuple[int, int]) -> tuple[int, int]:
+        asked.append(image)
+        h, w = image
+        return 7 + 3 * h * w + 2 * (h * w) ** 2, 5 * (h + w) - 1
+
+    found = count_images(traits, count)
+    assert len(asked) < 20
+    assert found == {image: count(image) for image in traits}
+
+
+def test_few_images_are_all_counted() -> None:
+    asked = []
+
+    def count(image: int) -> tuple[int]:
+        asked.append(image)
+        return (image**3,)
+
+    assert count_images({image: (1, image) for image in range(40)}, count)[39] == (39**3,)
+    assert asked == list(range(40))
+
+
+def test_counts_that_do_not_follow_are_an_error() -> None:
+    with pytest.raises(AssertionError, match="not linear"):
+        count_images({image: (1, image) for image in range(100)}, lambda image: (image**2,))

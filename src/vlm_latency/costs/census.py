@@ -59,6 +59,15 @@ class Windows:
             squares *= full * self.side**2 + rest**2
         return squares * self.merge**4
 
+    def number(self, height: int, width: int) -> int:
+        """How many windows a grid of height × width patches has.
+
+        >>> Windows(side=2, merge=2).number(6, 4)
+        2
+        """
+        cell = self.side * self.merge
+        return -(-height // cell) * -(-width // cell)
+
 
 @dataclass
 class Tally:

@@ -14,17 +14,20 @@ code looks at; `grouped_mm` has no formula; ``generate()`` does not run. So
 
 Lengths are many, so prefill is counted at four: three determine the quadratic, which the fourth
 must confirm, and likewise a decode step at three cache lengths on either side of a sliding
-window. A length that does not confirm is an error.
+window. Images are counted one by one up to `COUNTED_IMAGES` distinct ones; beyond, those that are
+linearly independent in crops, patches, pairs and windows are, and some more that must confirm. All
+in whole numbers; what does not confirm is an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from fractions import Fraction
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -34,6 +37,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
+
+COUNTED_IMAGES = 48
+CONFIRMED_IMAGES = 8
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -202,6 +208,55 @@ class Counter:
                     flops += (curve(low) + curve(high)) * (high - low + 1) // 2
             sums[prompt, steps] = flops
         return sums
+
+
+def count_images(
+    traits: Mapping[Any, Sequence[int]], count: Callable[[Any], Sequence[int]]
+) -> dict[Any, tuple[int, ...]]:
+    """Counts of many images, which are linear in their traits; see the module's docstring.
+
+    Parameters
+    ----------
+    traits : mapping
+        By image: whole numbers, a constant 1 among them, that its counts are linear in.
+    count : callable
+        Gives the counts of one image.
+
+    Examples
+    --------
+    >>> counted = []
+    >>> def count(image):
+    ...     counted.append(image)
+    ...     return (3 * image + 5,)
+    >>> found = count_images({image: (1, image) for image in range(100)}, count)
+    >>> found[71], len(counted) < 15
+    ((218,), True)
+    """
+    if len(traits) <= COUNTED_IMAGES:
+        return {image: tuple(count(image)) for image in traits}
+    basis: list[tuple[int, list[Fraction]]] = []  # traits then counts, each with its pivot
+    found: dict[Any, tuple[int, ...]] = {}
+    confirm = set(list(traits)[:: max(1, len(traits) // CONFIRMED_IMAGES)])
+    for image, numbers in traits.items():
+        rest = [Fraction(number) for number in numbers]
+        known: list[Fraction] = []
+        for pivot, row in basis:
+            factor = rest[pivot]
+            rest = [a - factor * b for a, b in zip(rest, row[: len(rest)], strict=True)]
+            shares = [factor * b for b in row[len(rest) :]]
+            known = [a + b for a, b in zip(known, shares, strict=True)] if known else shares
+        pivot = next((i for i, left in enumerate(rest) if left), -1)
+        if pivot >= 0 or image in confirm:
+            found[image] = tuple(count(image))
+        else:
+            found[image] = tuple(int(value) for value in known)
+        if pivot >= 0:
+            so_far = known or repeat(Fraction(0))
+            own = [Fraction(a) - b for a, b in zip(found[image], so_far, strict=False)]
+            basis.append((pivot, [value / rest[pivot] for value in [*rest, *own]]))
+        elif image in confirm and list(found[image]) != known:
+            raise AssertionError(f"counts of an image are not linear in {tuple(numbers)}")
+    return found
 
 
 def _as_positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -15,10 +15,13 @@ from vlm_latency.costs.parameter_rule import parameter_rule
 from vlm_latency.costs.shapes import PARTS, RequestShape
 
 if TYPE_CHECKING:
-    from vlm_latency.costs.counted import Count, Counter
+    from vlm_latency.costs.counted import Counter
 
 # Of a prompt made only for its image; long enough for any chat template.
 TEXT_TOKENS = 256
+
+# What is remembered of an image.
+COUNTS = tuple((part, what) for part in ("vision", "projector") for what in ("flops", "launches"))
 
 
 class CostModel:
@@ -34,7 +37,7 @@ class CostModel:
     def __init__(self, architecture: Any) -> None:
         self.architecture = architecture
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
-        self._vision: dict[tuple[int, ...], tuple[Count, Count]] = {}
+        self._images: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @cached_property
     def census(self) -> Census:
@@ -117,46 +120,71 @@ class CostModel:
         return {**flops, "total": sum(flops.values())}
 
     def _per_image(self, shape: RequestShape, what: str) -> tuple[Any, Any]:
-        """Vision and projector of each request, counted once per distinct image shape."""
+        """FLOPs or launches of vision and projector, counted once per distinct image."""
         keys = np.stack(
-            np.broadcast_arrays(shape.image_width, shape.image_height, *self._image_keys(shape)),
+            np.broadcast_arrays(
+                shape.num_crops,
+                shape.num_vision_patches,
+                shape.num_vision_tokens,
+                *self._grid_traits(shape),
+            ),
             axis=-1,
         )
-        found: dict[tuple[int, ...], tuple[Count, Count]] = {}
-        for row in np.unique(keys.reshape(-1, keys.shape[-1]), axis=0).tolist():
-            width, height, *key = row
-            found[tuple(row)] = self._count_image(width, height, tuple(key))
+        sizes = np.stack(np.broadcast_arrays(shape.image_width, shape.image_height), axis=-1)
+        distinct, first = np.unique(keys.reshape(-1, keys.shape[-1]), axis=0, return_index=True)
+        images = {
+            tuple(key): size
+            for key, size in zip(
+                distinct.tolist(), sizes.reshape(-1, 2)[first].tolist(), strict=True
+            )
+            if key[0]
+        }
+        if not self._images.keys() >= images.keys():
+            self._images.update(self._count_images(images))
+        none = (0,) * len(COUNTS)
         return tuple(
-            _look_up(keys, {key: getattr(counts[i], what) for key, counts in found.items()})
-            for i in (0, 1)
+            _look_up(
+                keys,
+                {
+                    tuple(key): self._images.get(tuple(key), none)[COUNTS.index((part, what))]
+                    for key in distinct.tolist()
+                },
+            )
+            for part in ("vision", "projector")
         )
 
-    def _count_image(self, width: int, height: int, key: tuple[int, ...]) -> tuple[Count, Count]:
-        from vlm_latency.costs.counted import Count
+    def _count_images(
+        self, images: dict[tuple[int, ...], list[int]]
+    ) -> dict[tuple[int, ...], tuple[int, ...]]:
+        from vlm_latency.costs.counted import count_images
 
-        if not key[0]:
-            return Count(), Count()
-        if key not in self._vision:
-            inputs = self.architecture.dummy_inputs(width, height, TEXT_TOKENS)
-            self._vision[key] = self.counter.vision(inputs)
-        return self._vision[key]
+        def count(key: tuple[int, ...]) -> list[int]:
+            inputs = self.architecture.dummy_inputs(*images[key], TEXT_TOKENS)
+            parts = dict(zip(("vision", "projector"), self.counter.vision(inputs), strict=True))
+            return [getattr(parts[part], what) for part, what in COUNTS]
 
-    def _image_keys(self, shape: RequestShape) -> tuple[Any, ...]:
-        """What an image's cost depends on: crops, patches and tokens, or its grid of patches."""
-        keys = (shape.num_crops, shape.num_vision_patches, shape.num_vision_tokens)
-        return keys if self.census.windows is None else (*keys, self._grid_pairs(shape))
+        # Attention is quadratic within a crop.
+        traits = {key: (1, *key, key[1] ** 2 // key[0]) for key in images}
+        return count_images(traits, count)
 
-    def _grid_pairs(self, shape: RequestShape) -> Any:
-        """Sum of squared window sizes, where the encoder has windows."""
+    def _grid_traits(self, shape: RequestShape) -> tuple[Any, ...]:
+        """Of an encoder with windows: their squared sizes and their number."""
         windows = self.census.windows
         if windows is None:
-            return 0
+            return ()
         sizes = np.stack(np.broadcast_arrays(shape.image_width, shape.image_height), axis=-1)
-        found = {(0, 0): 0}
+        grids = {(0, 0): (0, 0)}
         for width, height in np.unique(sizes.reshape(-1, 2), axis=0).tolist():
             if width:
-                found[width, height] = windows.pairs(*self._grid(width, height))
-        return _look_up(sizes, found)
+                grids[width, height] = self._grid(width, height)
+        return tuple(
+            _look_up(sizes, {size: of(*grid) for size, grid in grids.items()})
+            for of in (windows.pairs, windows.number)
+        )
+
+    def _grid_pairs(self, shape: RequestShape) -> Any:
+        traits = self._grid_traits(shape)
+        return traits[0] if traits else 0
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of patches that an image becomes."""
