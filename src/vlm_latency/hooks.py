@@ -57,6 +57,11 @@ class ProjectHooks:
                 f"found runner {runner[0]}; a measurement must have its device to itself: use the "
                 "SequentialRunner (Kedro's default)"
             )
+        if self._measuring and run_params["only_missing_outputs"]:
+            raise MeasurementError(
+                "found --only-missing-outputs; a file that exists need not be complete: leave it "
+                "out, the same command measures only what is missing"
+            )
         refuse_contradictions(self._options, pipeline.all_outputs())
         inputs = pipeline.inputs()
         for line in check(

@@ -51,12 +51,7 @@ class RecordLog(AbstractDataset[Chunk, Journal]):
         self._journal.close()
 
     def _exists(self) -> bool:
-        """Never: a journal that exists is not a measurement that is complete.
-
-        ``--only-missing-outputs`` would otherwise skip a half-finished measurement and report on
-        a part.
-        """
-        return False
+        return self._journal.folder.is_dir()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._journal.folder)}

@@ -1,0 +1,87 @@
+"""The registry reads like the table of experiments, and every part of it is wired up."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from kedro.io import MemoryDataset
+
+PROJECT = Path(__file__).parents[2]
+PIPELINES = PROJECT / "src" / "vlm_latency" / "pipelines"
+REGISTERED = {
+    *("exp1", "exp2", "exp3", "exp4", "exp5", "phase1", "phase2", "all", "__default__"),
+    *("calibration", "predict", "compare"),
+}
+
+
+@pytest.fixture(scope="module")
+def registry() -> dict:
+    bootstrap_project(PROJECT)
+    from vlm_latency.pipeline_registry import register_pipelines
+
+    return register_pipelines()
+
+
+@pytest.fixture(scope="module")
+def catalog(registry: dict, tmp_path_factory: pytest.TempPathFactory):
+    given = {"output_dir": str(tmp_path_factory.mktemp("out"))}
+    with KedroSession.create(project_path=PROJECT, env="smoke", runtime_params=given) as session:
+        yield session.load_context().catalog
+
+
+def test_all_experiments_are_registered_and_all_is_the_default(registry: dict) -> None:
+    assert set(registry) == REGISTERED
+    assert registry["all"].nodes == registry["__default__"].nodes
+
+
+@pytest.mark.parametrize("name", sorted(REGISTERED))
+def test_what_a_pipeline_reads_is_in_the_catalog(name: str, registry: dict, catalog) -> None:
+    for dataset in registry[name].inputs():
+        assert dataset.startswith(("parameters", "params:")) or dataset in catalog
+
+
+@pytest.mark.parametrize("name", sorted(REGISTERED))
+def test_what_a_pipeline_leaves_behind_is_a_file(name: str, registry: dict, catalog) -> None:
+    for dataset in registry[name].outputs() - {"passed"}:  # the gate leaves its verdict
+        assert dataset in catalog, dataset
+        assert not isinstance(catalog.get(dataset), MemoryDataset), dataset
+
+
+def test_an_experiment_measures_when_the_result_before_it_is_on_disk(registry: dict) -> None:
+    for before, after in (("exp1", "exp2"), ("exp2", "exp3"), ("exp3", "exp4")):
+        measured = registry["all"].to_nodes(f"{after}.measurement.measure")
+        assert f"{before}.reporting.report" in {node.name for node in measured.nodes}
+
+
+def test_each_experiment_is_a_box_of_its_stages(registry: dict) -> None:
+    stages = {"options", "data_sampling", "measurement", "flops_estimation", "reporting"}
+    for name in ("exp1", "exp2", "exp3", "exp4"):
+        spaces = {node.namespace for node in registry[name].nodes if node.namespace}
+        assert {f"{name}.{stage}" for stage in stages} <= spaces
+
+
+def test_listing_pipelines_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from vlm_latency.pipeline_registry import register_pipelines\n"
+        "register_pipelines()\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "print(*sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_wiring_stays_wiring() -> None:
+    wirings = sorted(PIPELINES.rglob("pipeline.py"))
+    assert len(wirings) >= 4
+    for path in wirings:
+        assert len(path.read_text().splitlines()) <= 60, path
+        assert "import torch" not in path.read_text()
+    for path in PIPELINES.rglob("nodes.py"):
+        assert not re.search(r"^\s*(from|import) kedro", path.read_text(), re.M), path
