@@ -68,6 +68,7 @@ class ProjectHooks:
             self._options,
             self._root,
             experiments=measured,
+            runs_model=self._measuring,
             model=catalog["model"] if "model" in inputs else None,
             questions=catalog["questions"] if "questions" in inputs else None,
             earlier={

@@ -18,6 +18,7 @@ def check(
     root: Path,
     *,
     experiments: list[str],
+    runs_model: bool = False,
     model: Any = None,
     questions: Any = None,
     earlier: dict[str, Any],
@@ -32,6 +33,8 @@ def check(
         The output folder.
     experiments
         Those that will be measured.
+    runs_model
+        Whether the model is run at all: ``predict`` only looks at its architecture.
     model, questions
         The catalog's datasets, where the pipeline needs them.
     earlier
@@ -69,7 +72,7 @@ def check(
         raise UserError("\n".join(problems))
     handle = attempt(model.load) if model is not None else None
     lines = []
-    if handle is not None and attempt(_ready, handle) is not None:
+    if handle is not None and attempt(_ready, handle, runs_model) is not None:
         for name in experiments:
             settled = options.experiment(name, handle.weights)
             if name == "exp4":
@@ -103,10 +106,11 @@ def _writable(root: Path) -> None:
         ) from None
 
 
-def _ready(handle: Any) -> bool:
+def _ready(handle: Any, runs_model: bool) -> bool:
     """Check name, device and memory, without loading the weights."""
     _ = handle.weights, handle.device
-    handle.check_fits()
+    if runs_model:
+        handle.check_fits()
     return True
 
 
@@ -138,9 +142,10 @@ def _line(options: ExperimentOptions, handle: Any) -> str:
         "exp3": f"grids 1×1 … 1×{sampling.max_grid_size}",
         "exp4": f"{sampling.num_samples} images × {len(sampling.max_new_tokens_list or ())} lengths",
     }[options.experiment]
+    times = f" × {measurement.num_runs} runs" if measurement.num_runs > 1 else ""
     length = f", output length {measurement.output_length}" if options.experiment < "exp3" else ""
     return (
-        f"{options.experiment}: {what} × {measurement.num_runs} runs on {handle.architecture.name} "
+        f"{options.experiment}: {what}{times} on {handle.architecture.name} "
         f"({handle.weights} weights, {handle.device}, {handle.dtype}), "
         f"method {measurement.method}{length}"
     )

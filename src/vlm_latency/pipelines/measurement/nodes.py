@@ -84,8 +84,7 @@ def measure(
     planned = _planned(requests, plan(requests, options.measurement))
     held = planned.merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
-    missing = len(planned) - len(held)
-    if not missing:
+    if len(held) == len(planned):
         log.info(
             "%s: all %d runs were measured before; reporting again without measuring "
             "(measurement.resume=false measures afresh)",
@@ -93,10 +92,16 @@ def measure(
             len(planned),
         )
         return
-    if len(planned) > missing:
+    if len(held) and options.measurement.allow_partial:
         log.info(
-            "%s: continuing, %d of %d runs are done", name, len(planned) - missing, len(planned)
+            "%s: reporting on %d of %d runs, nothing more is measured (measurement.allow_partial)",
+            name,
+            len(held),
+            len(planned),
         )
+        return
+    if len(held):
+        log.info("%s: continuing, %d of %d runs are done", name, len(held), len(planned))
     session = SessionLog()
     for rows in measure(
         model.vlm,

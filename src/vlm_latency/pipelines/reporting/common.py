@@ -133,7 +133,8 @@ def unless_impossible(
     try:
         return compute(*args, **kwargs)
     except DataError as error:
-        notes.append(f"{what}: {error}")
+        if (note := f"{what}: {error}") not in notes:
+            notes.append(note)
         return None
 
 

@@ -58,10 +58,9 @@ def report(
         "accuracy": accuracy(rows, requests, environment),
         "notes": notes,
     }
-    drawn = {**found, "variance": _drawn_shares(budget)}
     figure = latency_distribution(
         sample,
-        drawn,
+        found,
         common.context(options, environment, coverage),
         Style.of(options.figures),
     )
@@ -137,14 +136,6 @@ def percentiles_table(summaries: dict[str, Any]) -> pd.DataFrame:
             line |= {key: estimate.value, f"{key} low": estimate.low, f"{key} high": estimate.high}
         lines.append(line | {"std": summary.std, "min": summary.min, "max": summary.max})
     return pd.DataFrame(lines)
-
-
-def _drawn_shares(budget: Any) -> dict[str, Any] | None:
-    """Name the shares as the figure does."""
-    if budget is None:
-        return None
-    names = {"output length": "output_length", "text length": "text_length", "unexplained": "other"}
-    return {names.get(name, name): share.to_dict() for name, share in budget.shares.items()}
 
 
 def _by(rows: pd.DataFrame, column: str) -> pd.DataFrame:
