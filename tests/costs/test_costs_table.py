@@ -154,6 +154,19 @@ def test_a_difference_is_told(
     assert "vision: counted FLOPs differ from analytic ones by up to 6" in caplog.text
 
 
+def test_the_null_model_costs_nothing() -> None:
+    from vlm_latency.models import describe
+    from vlm_latency.options import ModelOptions
+
+    table = add_costs(
+        runs(), describe(ModelOptions(name="null")), hardware=CEILINGS, dtype="float32"
+    )
+    zero = [name for name in table if name.startswith(("flops_", "bytes_", "launches_", "pred"))]
+    assert len(zero) > 30
+    assert (table[zero] == 0).all(axis=None)
+    assert (table["roofline_ms_total"] == 0).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -121,6 +121,26 @@ class Census:
         return next((window for _, window in self.kv_widths if window), None)
 
 
+# Of the null model, which has no modules.
+NO_WORK = Census(
+    vision=Tally(),
+    projector=Tally(),
+    llm=Tally(),
+    head=Tally(),
+    class_tokens=0,
+    windows=None,
+    merge=None,
+    bidirectional_images=False,
+    parameters=0,
+    hidden_size=0,
+    vocab_rows=0,
+    num_experts=0,
+    top_k=0,
+    kv_widths=(),
+    unknown=(),
+)
+
+
 def take_census(model: Any, components: Any, model_type: str) -> Census:
     """Walk the modules of `model`.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm_latency.costs.analytic import analytic
 from vlm_latency.costs.bytes_moved import bytes_moved, kv_cache_bytes, peak_memory_bytes
-from vlm_latency.costs.census import Census, take_census
+from vlm_latency.costs.census import NO_WORK, Census, take_census
 from vlm_latency.costs.parameter_rule import parameter_rule
 from vlm_latency.costs.shapes import PARTS, RequestShape
 
@@ -39,9 +39,16 @@ class CostModel:
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self._images: dict[tuple[int, ...], tuple[int, ...]] = {}
 
+    @property
+    def does_nothing(self) -> bool:
+        """True of the null model, which stands in for a model at no cost."""
+        return bool(self.architecture.model_type == "null")
+
     @cached_property
     def census(self) -> Census:
         """The work of the model's modules."""
+        if self.does_nothing:
+            return NO_WORK
         return take_census(
             self.architecture.meta_model(),
             self.architecture.components,
@@ -69,6 +76,8 @@ class CostModel:
         estimator : str
             "analytic", "analytic_causal", "counted" or "rule" (also "parameter_rule").
         """
+        if self.does_nothing:
+            return _nothing(shape)
         if estimator == "counted":
             return self._counted(shape)
         if estimator in ("rule", "parameter_rule"):
@@ -94,6 +103,8 @@ class CostModel:
         Their number depends on the modules, not on the lengths; only an encoder with windows runs
         attention once per window, and is counted at each grid.
         """
+        if self.does_nothing:
+            return _nothing(shape)
         prefill, step = self.counter.prefill(2).launches, self.counter.step(2).launches
         vision, projector = self._per_image(shape, "launches")
         launches = {
@@ -211,6 +222,10 @@ def differences(analytic: dict[str, Any], counted: dict[str, Any]) -> dict[str, 
         for part, gap in gaps.items()
         if gap.size and gap.any() and not np.isnan(gap).any()
     }
+
+
+def _nothing(shape: RequestShape) -> dict[str, Any]:
+    return dict.fromkeys((*PARTS, "total"), np.zeros_like(shape.num_total_tokens))
 
 
 def _look_up(keys: np.ndarray, values: Mapping[Any, int]) -> Any:
