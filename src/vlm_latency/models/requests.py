@@ -203,7 +203,6 @@ def offline_preparer(
     processor = _without_video(_from_transformers(family.processor, config.model_type))(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        **({"video_processor": None} if _wants_video(family.processor) else {}),
         **{**family.processor_settings, **processor_settings},
     )
     return Preparer(processor, config, _template(family), family.image)
@@ -227,12 +226,13 @@ def pretrained_preparer(
     names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     known = family.processor or names.get(config.model_type)
     try:
-        if molmo or is_torchvision_available() or not known:
+        if molmo or not known:
             processor = AutoProcessor.from_pretrained(path, **where)
         else:
-            # AutoProcessor would load the video part as well, which needs torchvision.
+            # What AutoProcessor would load, without the video part.
             cls = _without_video(_from_transformers(known, config.model_type))
-            processor = cls.from_pretrained(path, backend="pil", **where)
+            backend = {} if is_torchvision_available() else {"backend": "pil"}
+            processor = cls.from_pretrained(path, **backend, **where)
     except (OSError, ImportError, ValueError) as error:
         raise ModelError(f"the processor of {path} does not load: {error}") from None
     return wrap_processor(processor, config, family)
@@ -339,16 +339,8 @@ def _from_transformers(name: str, model_type: str) -> Any:
     return found
 
 
-def _wants_video(name: str) -> bool:
-    import inspect
-
-    import transformers
-
-    return "video_processor" in inspect.signature(getattr(transformers, name).__init__).parameters
-
-
 def _without_video(processor_class: Any) -> Any:
-    """The processor for images only: its video part needs torchvision."""
+    """The processor for images only: no video is measured, and that part needs torchvision."""
     from transformers.processing_utils import ProcessorMixin
 
     class ImagesOnly(ProcessorMixin):
