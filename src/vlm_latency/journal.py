@@ -109,6 +109,7 @@ class Journal:
         except OSError as error:
             if file is not None:
                 file.truncate(start)  # half a line would swallow the next one
+            self.close()
             raise MeasurementError(
                 f"cannot write the journal {self.path(fingerprint)}: {error.strerror}; free some "
                 "space and run the same command again, it continues where it stopped"

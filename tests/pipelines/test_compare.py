@@ -1,0 +1,104 @@
+"""A run against itself is the same; one with a slowdown put in is slower, and says by how much."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import made_up as m
+
+from vlm_latency.errors import DataError, MeasurementError
+from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower
+from vlm_latency.results import FILES, read_run
+
+
+def compare(*folders: Path, **options: Any) -> dict[str, Any]:
+    result, tables, figure = compare_runs(
+        {"compare": options}, [read_run(folder) for folder in folders]
+    )
+    assert len(tables["compare"])
+    assert figure.axes
+    return result
+
+
+def test_a_run_with_itself_is_the_same(tmp_path: Path) -> None:
+    folder = m.write_run(tmp_path / "a")
+    result = compare(folder, folder)
+    assert set(result["verdicts"].values()) == {"SAME"}
+    assert result["runs"] == ["a (2)"]
+
+
+def test_a_slowdown_of_ten_percent_is_found(tmp_path: Path) -> None:
+    before = m.write_run(tmp_path / "before", seed=1)
+    after = m.write_run(tmp_path / "after", scale=1.1, seed=2)
+    result = compare(before, after)
+    assert set(result["verdicts"].values()) == {"SLOWER"}
+    ratio = result["comparisons"]["after: exp1"]["components"]["T_total"]["ratio"]
+    assert ratio["low"] < 1.1 < ratio["high"]
+    assert result["environment_differences"] == {"after": {}}
+
+
+@pytest.mark.parametrize(("limit", "fails"), [(5, True), (20, False), (None, False)])
+def test_the_gate_fails_where_the_user_says(
+    tmp_path: Path, limit: float | None, fails: bool
+) -> None:
+    before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b", scale=1.1)
+    result = compare(before, after)
+    parameters = {"compare": {"fail_if_slower": limit}}
+    if fails:
+        with pytest.raises(MeasurementError, match=r"b: exp1 is slower than a: T_total × 1\.100"):
+            fail_if_slower(parameters, result, "page")
+    else:
+        assert fail_if_slower(parameters, result, "page")
+
+
+def test_several_runs_are_each_compared_with_the_first(tmp_path: Path) -> None:
+    folders = [
+        m.write_run(tmp_path / name, scale) for name, scale in (("a", 1), ("b", 0.5), ("c", 2))
+    ]
+    verdicts = compare(*folders)["verdicts"]
+    assert verdicts["b: exp1"] == "FASTER"
+    assert verdicts["c: exp3"] == "SLOWER"
+
+
+def test_what_differs_between_environments_is_listed(tmp_path: Path) -> None:
+    before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b")
+    path = after / "exp1" / f"{FILES['exp1']}.json"
+    data = json.loads(path.read_text())
+    data["environment"]["conditions"]["hardware"]["cpu"] = "another"
+    path.write_text(json.dumps(data))
+    (after / "exp3" / f"{FILES['exp3']}.json").unlink()
+    result = compare(before, after)
+    assert result["environment_differences"]["b"] == {"hardware.cpu": ["none", "another"]}
+
+
+def test_files_of_the_seeds_scripts_are_compared_too(tmp_path: Path) -> None:
+    for name, factor in (("one", 1.0), ("two", 1.2)):
+        folder = tmp_path / name / "exp3"
+        folder.mkdir(parents=True)
+        entries = [
+            {"grid": f"1×{k}", "num_crops": k + 1, "num_vision_tokens": 576 * (k + 1),
+             "T_total": factor * (10.0 * k + 0.01 * k * k), "T_vision": factor * 8.0 * k}
+            for k in range(1, 13)
+        ]  # fmt: skip
+        (folder / f"{FILES['exp3']}.json").write_text(json.dumps({"results": entries}))
+    result = compare(tmp_path / "one", tmp_path / "two")
+    assert result["verdicts"] == {"two: exp3": "SLOWER"}
+
+
+def test_runs_without_a_common_experiment_are_refused(tmp_path: Path) -> None:
+    before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b")
+    for folder, name in ((before, "exp1"), (after, "exp3")):
+        (folder / name / f"{FILES[name]}.json").unlink()
+    with pytest.raises(DataError, match="no experiment in common"):
+        compare(before, after)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no results in"):
+        read_run(tmp_path)

@@ -1,0 +1,219 @@
+"""Reports on latencies that follow a known formula say what the formula says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import made_up as m
+
+from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5
+
+
+@pytest.fixture
+def architecture() -> Any:
+    parameters = {
+        "params_vision_encoder": 100,
+        "params_projector": 20,
+        "params_image_projector": 10,
+        "params_llm": 880,
+        "params_llm_active": 880,
+        "params_total": 1000,
+        "params_active": 1000,
+        "moe_num_experts": None,
+        "moe_top_k": None,
+    }
+    return SimpleNamespace(
+        architecture=SimpleNamespace(
+            parameters=SimpleNamespace(to_dict=lambda: parameters),
+            max_positions=100_000,
+            image_tokens=_tokens,
+        )
+    )
+
+
+def test_exp1_gives_the_order_statistics_and_the_spread_by_crops() -> None:
+    records, requests = m.questions(60, spread=0.0)
+    result, tables, figure = exp1.report(
+        m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT
+    )
+    statistics = result["statistics"]
+    assert statistics["T_total"]["max"] == records["T_total"].max()
+    assert statistics["T_total"]["P50"]["value"] == records["T_total"].median()
+    assert statistics["T_total"]["P99"]["high"] is None  # 60 requests cannot bound it
+    assert statistics["variance_budget"]["shares"]["tiling"]["value"] > 0.8
+    assert len(result["results"]) == 60
+    entry = result["results"][0]
+    assert entry["T_system_total"] == entry["T_total"] + entry["T_data_processing"]
+    assert {"example_id", "image_id", "answers", "image_size"} <= set(entry)
+    assert statistics["accuracy"]["refused"]
+    assert set(tables) == {"percentiles", "by_tiling", "by_output_length"}
+    assert figure.axes
+
+
+def test_constant_latencies_contradict_the_tail() -> None:
+    records, requests = m.questions(50, spread=0.0)
+    records["T_total"] = 100.0
+    result, *_ = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    assert [claim["verdict"] for claim in result["claims"]] == ["contradicted"]
+
+
+def test_failed_runs_are_counted_and_never_averaged() -> None:
+    records, requests = m.questions(30, spread=0.0)
+    records.loc[0, "status"] = "failed"
+    records.loc[0, ["T_total", "T_first_token"]] = None
+    coverage = {**m.COVERAGE, "failed": 1}
+    result, _, figure = exp1.report(m.options("exp1"), records, requests, coverage, m.ENVIRONMENT)
+    assert len(result["results"]) == 29
+    assert result["statistics"]["T_total"]["n"] == 29
+    assert any("1 runs failed" in text.get_text() for text in figure.texts)
+
+
+def test_exp2_shares_are_those_of_the_formula(architecture: Any) -> None:
+    records, requests = m.questions(40, spread=0.0)
+    result, _, pie, bars = exp2.report(
+        m.options("exp2"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
+    )
+    share = records["T_vision_encoder"].sum() / records["T_total"].sum()
+    assert result["statistics"]["shares"]["T_vision_encoder"]["value"] == pytest.approx(share)
+    assert result["average_latencies"]["T_total"] == pytest.approx(records["T_total"].mean())
+    assert result["parameters"]["params_projector"] == 20
+    assert [claim["verdict"] for claim in result["claims"]] == ["contradicted"]
+    assert pie.axes
+    assert bars.axes
+
+
+def test_the_seeds_protocol_counts_the_image_projector_alone(architecture: Any) -> None:
+    records, requests = m.questions(20, spread=0.0)
+    options = m.options("exp2").model_copy(update={"protocol": "seed"})
+    result, *_ = exp2.report(options, records, requests, m.COVERAGE, m.ENVIRONMENT, architecture)
+    assert result["parameters"]["params_projector"] == 10
+
+
+def test_exp3_tells_the_encoders_crops_from_the_decoders_tokens() -> None:
+    records, requests = m.vision_sweep()
+    result, _, figure = exp3.report(m.options("exp3"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    found = result["statistics"]
+    assert found["encoder_per_crop"]["value"] == pytest.approx(m.CROP, rel=0.05)
+    assert found["prefill_per_token"]["value"] == pytest.approx(m.TOKEN, rel=0.1)
+    assert found["encoder_per_token"]["low"] < 0 < found["encoder_per_token"]["high"]
+    assert found["fits"]["T_LLM_prefill"]["slope"]["value"] == pytest.approx(m.TOKEN, rel=0.05)
+    assert len(result["results"]) == requests["request_id"].nunique()
+    assert result["results"][0]["num_runs"] == 5
+    verdicts = {claim["name"]: claim["verdict"] for claim in result["claims"]}
+    assert verdicts["prefill_grows"] == "supported"
+    assert figure.axes
+
+
+def test_exp4_gives_the_cost_of_a_step(architecture: Any) -> None:
+    records, requests = m.language_sweep()
+    result, *_ = exp4.report(
+        m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
+    )
+    found = result["statistics"]
+    assert found["fits"]["T_LLM_decode"]["slope"]["value"] == pytest.approx(m.STEP, rel=0.02)
+    assert found["step_growth"]["value"] == pytest.approx(1, abs=0.02)
+    assert found["exponent"]["value"] == pytest.approx(1, abs=0.02)
+    assert [claim["verdict"] for claim in result["claims"]] == ["supported"]
+    assert [line["num_output_tokens"] for line in found["lengths"]] == [8, 16, 32, 64, 128]
+
+
+def _costed(table: pd.DataFrame) -> pd.DataFrame:
+    flops = {
+        "vision": table["num_crops"] * 1e9,
+        "projector": table["num_crops"] * 1e7,
+        "llm_prefill": table["num_total_tokens"] * 1e6,
+        "llm_decode": (table["num_output_tokens"] - 1) * 1e6,
+    }
+    columns = {f"flops_{part}": values.astype(float) for part, values in flops.items()}
+    columns["flops_total"] = sum(columns.values())
+    columns |= {f"{name}_analytic": values for name, values in list(columns.items())}
+    return table.assign(
+        **columns,
+        **{f"bytes_{part}": 1e6 for part in flops},
+        **{f"launches_{part}": 10 for part in flops},
+    )
+
+
+def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
+    sweeps = []
+    for name, (records, requests), report in (
+        ("exp3", m.vision_sweep(), exp3.report),
+        ("exp4", m.language_sweep(), exp4.report),
+    ):
+        further = [architecture] if name == "exp4" else []
+        result, *_ = report(
+            m.options(name), _costed(records), requests, m.COVERAGE, m.ENVIRONMENT, *further
+        )
+        sweeps.append(result)
+    ceilings = {
+        "flops_per_s": 1e11,
+        "bytes_per_s": 1e10,
+        "launch_overhead_us": 5.0,
+        "dtype": "float32",
+    }
+    result, tables, figure = exp5.report(m.options("exp5"), *sweeps, ceilings)
+    found = result["statistics"]
+    assert found["ms_per_tflop"]["encoder"]["value"] == pytest.approx(m.CROP / 1e-3, rel=0.01)
+    assert found["ms_per_tflop"]["decode"]["value"] == pytest.approx(m.STEP / 1e-6, rel=0.01)
+    assert found["exp3"]["r_squared"] > 0.9
+    assert found["exp4"]["r_squared"] > 0.9
+    assert found["combined"]["r_squared"] < 0.5
+    assert found["held_out_error"]["tokens"]["value"] < 0.05
+    assert result["claims"][0]["verdict"] == "supported"
+    assert "FLOPs alone do not predict latency" in found["verdict"]
+    assert set(result["exp3"]) == {"flops", "latencies", "vision_tokens"}
+    assert set(result["exp4"]) == {"flops", "latencies", "output_tokens"}
+    assert len(tables["predictors"]) == 4
+    assert figure.axes
+
+
+def _tokens(width: int, height: int) -> Any:
+    return SimpleNamespace(num_vision_tokens=704, num_image_special_tokens=30)
+
+
+def test_exp5_reads_the_seeds_own_files() -> None:
+    vision = {
+        "results": [
+            {"grid": f"1×{k}", "num_crops": k + 1, "num_vision_tokens": 576 * (k + 1),
+             "T_total": 10.0 * k, "T_vision": 8.0 * k, "flops_total": 1e9 * k}
+            for k in range(1, 9)
+        ]
+    }  # fmt: skip
+    language = {
+        "results": [
+            {"query_id": 1, "max_new_tokens": n, "num_output_tokens": n, "T_total": 2.0 * n,
+             "flops_total": 1e7 * n}
+            for n in (8, 16, 32, 64)
+        ]
+    }  # fmt: skip
+    result, _, figure = exp5.report(m.options("exp5"), vision, language, {})
+    assert result["exp3"]["vision_tokens"] == [576 * (k + 1) for k in range(1, 9)]
+    assert result["statistics"]["exp3"]["r_squared"] == pytest.approx(1)
+    assert "not both results record their environment" in " ".join(result["statistics"]["notes"])
+    assert figure.axes
+
+
+def test_two_environments_are_told_on_the_figure() -> None:
+    one, two = (
+        {"environment": {**m.ENVIRONMENT, "conditions": {"hardware": {"cpu": name}}}}
+        for name in ("a", "b")
+    )
+    notes: list[str] = []
+    _, marks = exp5._environment({"exp3": one, "exp4": two}, notes)
+    assert marks == ("two environments: hardware differ",)
+    assert "another hardware" in notes[0]
+
+
+def test_entries_come_in_the_order_of_the_requests() -> None:
+    records, requests = m.vision_sweep()
+    shuffled = records.sample(frac=1, random_state=1)
+    table = common.entries(shuffled, requests)
+    assert list(table.index) == list(requests["request_id"])
+    assert table["num_crops"].dtype == "Int64"
