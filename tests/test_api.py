@@ -148,10 +148,11 @@ def test_vision_tokens_are_those_that_went_in(missing, vision, language):
 
 
 @pytest.mark.parametrize("name", ["tiny-molmo", "tiny-qwen2.5-vl"])
-def test_tokens_that_a_model_drops_are_counted_whatever_the_family(name, photo):
+def test_tokens_that_a_model_drops_are_counted_whatever_the_family(name):
     vlm = load_model(name)
+    requests = [(Image.effect_noise((224, 224), 64), "What is it?")]
     pair = (vlm.model, vlm.preparer.processor)
-    plain = measure(pair, [(photo, "What is it?")], num_runs=1, warmup_runs=0, output_length=3)
+    plain = measure(pair, requests, num_runs=1, warmup_runs=0, output_length=3)
 
     def drop(decoder, args, inputs):
         if inputs["inputs_embeds"].shape[1] > 1:
@@ -161,7 +162,7 @@ def test_tokens_that_a_model_drops_are_counted_whatever_the_family(name, photo):
         return args, inputs
 
     hook = vlm.components.language_model.register_forward_pre_hook(drop, with_kwargs=True)
-    found = measure(pair, [(photo, "What is it?")], num_runs=1, warmup_runs=0, output_length=3)
+    found = measure(pair, requests, num_runs=1, warmup_runs=0, output_length=3)
     hook.remove()
     assert found["status"].tolist() == plain["status"].tolist() == ["ok"], found["error"].item()
     assert found["num_vision_tokens"].item() == plain["num_vision_tokens"].item() - 10
