@@ -2,7 +2,8 @@
 
 One multiplication and one addition are two FLOPs. Counted are matrix products, convolutions and
 attention, as `torch.utils.flop_counter` does; norms, activations, softmax and rotary positions
-(below one per cent) are not.
+(below one per cent) are not. Decode attends to a cache that grows with the text; a static cache
+(``model.engine=static`` or ``compiled``) is attended to in its full length, which is more.
 """
 
 from __future__ import annotations

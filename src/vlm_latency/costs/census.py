@@ -85,6 +85,7 @@ class Tally:
     widest: int = 0
 
     def linear(self, unit: str, width_in: int, width_out: int, times: int = 1) -> None:
+        """A product with a weight of width_in × width_out, `times` over (experts per token)."""
         self.flops[unit] += 2 * width_in * width_out * times
         self.elements[unit] += (width_in + width_out) * times
         # A layer's input, its output, and what an activation or a gate makes of it.

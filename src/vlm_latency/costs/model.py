@@ -148,10 +148,9 @@ class CostModel:
             for key, size in zip(
                 distinct.tolist(), sizes.reshape(-1, 2)[first].tolist(), strict=True
             )
-            if key[0]
+            if key[0] and tuple(key) not in self._images
         }
-        if not self._images.keys() >= images.keys():
-            self._images.update(self._count_images(images))
+        self._images.update(self._count_images(images))
         none = (0,) * len(COUNTS)
         return tuple(
             _look_up(
