@@ -281,7 +281,7 @@ def headroom(axes: Axes, lines: int) -> None:
     figure, cell = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None and cell is not None
     height = figure.get_figheight() / cell.get_gridspec().nrows - 0.6  # less heading and x axis
-    share = min(0.6, (1.45 * small() * lines / 72 + 0.12) / height)
+    share = min(0.65, (1.6 * small() * lines / 72 + 0.2) / height)
     to_axis = axes.yaxis.get_transform()
     low, high = to_axis.transform(np.array(axes.get_ylim()))
     top = to_axis.inverted().transform(np.array([low + (high - low) / (1 - share)]))[0]

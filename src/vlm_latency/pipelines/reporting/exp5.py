@@ -258,7 +258,7 @@ def _held_out(
     notes: list[str],
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Predict every shape from the others by FLOPs, tokens and the roofline."""
-    from vlm_latency.costs import Hardware
+    from vlm_latency.costs import Hardware, known_device
     from vlm_latency.costs.prediction import predictors
     from vlm_latency.statistics import cross_validate
 
@@ -271,6 +271,9 @@ def _held_out(
         return {}, points
     dtype = environment["model"].get("dtype") or ceilings["dtype"]
     looked_at = predictors(points, Hardware.from_ceilings(ceilings), dtype)
+    if published := known_device(ceilings.get("device_name", "")):
+        nominal = predictors(points, published, dtype)
+        looked_at |= {name: nominal[name] for name in ("roofline_nominal",) if name in nominal}
     groups = points.groupby(SHAPE).ngroup()
     found = common.unless_impossible(
         notes, "held-out errors", cross_validate, groups, looked_at, points["T_total"]
