@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import vlm_latency
@@ -234,6 +235,18 @@ def test_the_section_of_the_readme_does_what_it_says(monkeypatch, capsys):
     bare = before.drop(columns="image_id")
     print(f"margin {margin:.3f}", *(c.components["T_total"] for c in result.comparisons.values()))
     assert compare_tables(bare, records["same"], columns, **match).verdict == "SAME"
+
+
+def test_threads_are_those_asked_for_while_it_runs(photo):
+    vlm = load_model("tiny-llava", num_threads=2)
+    seen: list[int] = []
+    vlm.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    options = {"num_runs": 1, "warmup_runs": 0, "output_length": 1}
+    measure(vlm, [(photo, "What is it?")], **options)
+    measure(vlm, [(photo, "What is it?")], num_threads=1, **options)
+    measure((vlm.model, vlm.preparer.processor), [(photo, "What is it?")], **options)
+    assert seen == [2, 1, 1]
+    assert vlm.options.num_threads == 2
 
 
 def test_a_model_that_always_fails_is_an_error_with_its_message(photo):

@@ -21,6 +21,7 @@ drops between two layers of its language model have gone in, and count.
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def measure(
     output_length: int | str | None = None,
     prompt: str = "{question}",
     folder: Path | str | None = None,
+    num_threads: int | None = None,
     progress: bool = False,
     **measurement: Any,
 ) -> pd.DataFrame:
@@ -105,6 +107,8 @@ def measure(
         What the question is written into, before the model's own chat template.
     folder
         Where the table's ``image_path`` lies.
+    num_threads
+        CPU threads while measuring; by default those a `VLM` was loaded with, and 1.
     progress
         Whether to show runs done and time left on stderr.
     **measurement
@@ -124,7 +128,7 @@ def measure(
     UserError
         For an unknown option, requests that are none, or a model that cannot be measured.
     """
-    vlm = _vlm(model)
+    vlm = _vlm(model, None, num_threads)
     options = _options(num_runs, output_length, measurement)
     table, fetch = _requests(requests, options.output_length, folder)
     name = vlm.options.name
@@ -139,6 +143,7 @@ def compare(
     output_length: int | str | None = None,
     prompt: str = "{question}",
     folder: Path | str | None = None,
+    num_threads: int | None = None,
     margin: float = 0.02,
     progress: bool = False,
     **measurement: Any,
@@ -155,7 +160,7 @@ def compare(
         By a name for tables; the first one is the baseline.
     margin
         A difference up to this share does not matter: see `vlm_latency.statistics.compare_paired`.
-    requests, num_runs, output_length, prompt, folder, progress, **measurement
+    requests, num_runs, output_length, prompt, folder, num_threads, progress, **measurement
         As in `measure`; fewer than 20 runs in all give intervals that are too short.
 
     Returns
@@ -177,7 +182,7 @@ def compare(
     """
     if len(models) < 2:
         raise UserError(f"found {len(models)} models to compare; expected at least two, by name")
-    vlms = {name: _vlm(model, name) for name, model in models.items()}
+    vlms = {name: _vlm(model, name, num_threads) for name, model in models.items()}
     options = _options(num_runs, output_length, measurement)
     table, fetch = _requests(requests, options.output_length, folder)
     records = _run(vlms, table, options, fetch=fetch, prompt=prompt, progress=progress)
@@ -260,19 +265,24 @@ class ModelComparison:
         return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _vlm(model: Model, name: str | None = None) -> Any:
+def _vlm(model: Model, name: str | None, num_threads: int | None) -> Any:
+    vlm: Any = model
     if isinstance(model, str):
-        return load_model(model)
-    if isinstance(model, tuple) and len(model) == 2:
+        vlm = load_model(model)
+    elif isinstance(model, tuple) and len(model) == 2:
         from vlm_latency.models.loading import VLM
 
-        return VLM.from_objects(*model, name=name)
-    if hasattr(model, "prepare") and hasattr(model, "architecture"):
-        return model
-    raise UserError(
-        f"found {type(model).__name__} in place of a model; expected a name, a VLM, or the pair "
-        "(model, processor)"
-    )
+        vlm = VLM.from_objects(*model, name=name)
+    elif not (hasattr(model, "prepare") and hasattr(model, "architecture")):
+        raise UserError(
+            f"found {type(model).__name__} in place of a model; expected a name, a VLM, or the "
+            "pair (model, processor)"
+        )
+    if num_threads is not None:
+        vlm = copy.copy(vlm)  # the caller's keeps its own
+        asked = {**vlm.options.model_dump(), "num_threads": num_threads}
+        vlm.options = Options.from_parameters({"model": asked}).model
+    return vlm
 
 
 def _options(
@@ -352,7 +362,10 @@ def _run(
     template = Options.from_parameters({"prompt": {"template": prompt}}).prompt.template
     threads = {vlm.options.num_threads for vlm in vlms.values()}
     if len(threads) > 1:
-        raise UserError(f"found num_threads {sorted(threads)}; expected one number for all models")
+        raise UserError(
+            f"found models loaded with num_threads {sorted(threads)}; expected one number for all: "
+            "give num_threads"
+        )
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in vlms}
     for row in interleave(
         vlms, requests, options, fetch=fetch, template=template, progress=progress
