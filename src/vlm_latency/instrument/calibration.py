@@ -11,7 +11,7 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -43,8 +43,10 @@ log = logging.getLogger("vlm_latency")
 
 TOLERANCE_SHARE, TOLERANCE_MS = 0.01, 0.2  # of an injected delay; the larger one counts
 INJECTION_TOKENS = 3
+TRIES = 3  # of a pair that was interrupted
 AA_TOKENS = 8  # length of the text-only prompt of the A/A comparisons
-AA_SECONDS = 60.0
+PROOF_SECONDS = 45.0  # a slow model gets fewer pairs, and the verdict says how many
+FEWEST_PAIRS = 6  # from which on the interval of a median has two ends
 WARMUP_RUNS = 30
 TARGET_OVERHEAD = {True: 1.05, False: 1.01}  # of requests shorter and longer than LONG_MS
 LONG_MS = 500.0
@@ -182,7 +184,7 @@ def overhead(
     """
     times: dict[str, list[float]] = {"instrumented": [], "bare": [], "again": []}
     other = []
-    for _ in range(pairs):
+    for _ in _rounds(pairs, FEWEST_PAIRS):
         for kind in generator.permutation(list(times)):
             if kind == "instrumented":
                 reading = _run(meter, prepared, tokens)
@@ -196,7 +198,7 @@ def overhead(
         "null": compare_paired(times["bare"], times["again"]).to_dict(),
         "remainder": bootstrap_ratio(*np.transpose(other)).to_dict(),
         "total_ms": float(np.median(times["instrumented"])),
-        "runs": 3 * pairs,
+        "runs": 3 * len(times["bare"]),
     }
 
 
@@ -211,8 +213,7 @@ def known_truth(
 
     Each injected run has a plain one beside it, in random order; all pairs are interleaved. The
     encoder repeats its output meanwhile, so that its own jitter does not hide what is looked for;
-    a pair in which the process was interrupted is measured again, as long as that does not double
-    the time.
+    a pair in which the process was interrupted is measured again, twice at most.
 
     Parameters
     ----------
@@ -233,22 +234,20 @@ def known_truth(
     delay = Delay(torch.device(vlm.device))
     cases = list(itertools.product(COMPONENTS, delays_ms))
     rows: list[dict[str, Any]] = []
-    retries = injections * len(cases)
     with (
         replayed_encoder(vlm, lambda: run(1)) as replayed,
         contextlib.closing(NoiseProbe()) as noise,
     ):
         run(INJECTION_TOKENS)
-        for _ in range(injections):
+        for _ in _rounds(injections, 2):
             for index in generator.permutation(len(cases)):
-                while True:
+                component, milliseconds = cases[index]
+                for _ in range(TRIES):
                     noise.start()
-                    component, milliseconds = cases[index]
                     row = _injected(vlm, run, component, milliseconds, delay, generator)
                     row["involuntary_switches"] = noise.stop()["involuntary_switches"]
-                    if not row["involuntary_switches"] or not retries:
+                    if not row["involuntary_switches"]:
                         break
-                    retries -= 1
                 rows.append(row)
     summaries = [_case(rows, component, milliseconds) for component, milliseconds in cases]
     errors = [
@@ -329,7 +328,7 @@ def false_alarms(
     comparisons: int,
     pairs: int,
     generator: np.random.Generator,
-    seconds: float = AA_SECONDS,
+    seconds: float = PROOF_SECONDS,
 ) -> dict[str, Any]:
     """Compare a configuration with itself many times, through the project's own comparison.
 
@@ -351,8 +350,7 @@ def false_alarms(
         As ``statistics.a_a_false_alarms``, with ``runs`` and ``blocks``.
     """
     blocks: list[Any] = []
-    end = time.perf_counter() + seconds
-    while len(blocks) < comparisons and (time.perf_counter() < end or not blocks):
+    for _ in _rounds(comparisons, 1, seconds):
         times = [run().times["T_total"] for _ in range(2 * pairs)]
         blocks.append(np.reshape(times, (pairs, 2)))
     drawn = [
@@ -384,7 +382,9 @@ def methods(
     taken: dict[str, list[Reading]] = {name: [] for name in METERS}
     wall: dict[str, list[float]] = {name: [] for name in (*METERS, "bare")}
     table = requests.astype(object).where(requests.notna(), None)
-    for position, row in enumerate(table.to_dict("records")):
+    rows = table.to_dict("records")
+    for position in _rounds(len(rows), 1):
+        row = rows[position]
         request = {str(name): value for name, value in row.items()}
         prepared = _prepared(vlm, fetch(request), template, request["question"])
         tokens, stop = output_rule(request, MeasurementOptions(), vlm.count_tokens)
@@ -411,8 +411,8 @@ def methods(
             }
             for name, rows in times.items()
         },
-        "requests": len(requests),
-        "runs": (len(METERS) + 1) * len(requests),
+        "requests": len(wall["bare"]),
+        "runs": (len(METERS) + 1) * len(wall["bare"]),
     }
 
 
@@ -547,6 +547,16 @@ def _warmup_verdict(warm: Mapping[str, Any]) -> str:
     if not warm["plateau"]:
         return f"no plateau within {warm['runs']} runs: the machine is not steady"
     return f"warm after {warm['runs']} runs"
+
+
+def _rounds(count: int, at_least: int, seconds: float = PROOF_SECONDS) -> Iterator[int]:
+    """So many rounds, fewer where the time is up; never fewer than so many."""
+    end = time.perf_counter() + seconds
+    for index in range(count):
+        if index >= at_least and time.perf_counter() > end:
+            log.info("calibration: %d of %d rounds after %.0f s", index, count, seconds)
+            return
+        yield index
 
 
 def _run(meter: Meter, prepared: Any, tokens: int) -> Reading:
