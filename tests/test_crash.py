@@ -180,7 +180,7 @@ def test_killing_everything_during_exp3_leaves_exp1_and_exp2_and_continues(
                 image.load()
         assert list((tmp_path / name / "figures").glob("*.png"))
     assert not (tmp_path / "exp3" / f"{FILES['exp3']}.json").exists()
-    assert not (tmp_path / "exp4").exists()
+    assert not (tmp_path / "exp4" / "journal").exists()
     kept = finished_runs(tmp_path, "exp3")
 
     done = subprocess.run(

@@ -10,7 +10,6 @@ from typing import Any
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
-from omegaconf import OmegaConf
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.options import Options
@@ -20,25 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class ProjectHooks:
-    """Validate parameters, lend them to the catalog, check before a run, tell where results are."""
+    """Validate parameters, check before a run, tell where the results are."""
 
     @hook_impl
     def after_context_created(self, context: Any) -> None:
-        """Validate every parameter at once, and let the catalog read them as ``${params:…}``."""
+        """Validate every parameter at once."""
         self._options = Options.from_parameters(context.params)
-        values = self._options.model_dump()
-        root = Path(values["output_dir"]).expanduser()
-        values["output_dir"] = str(root if root.is_absolute() else context.project_path / root)
-        self._root = Path(values["output_dir"])
-
-        def read(path: str) -> Any:
-            value: Any = values
-            for name in path.split("."):
-                value = value[name]
-            # A tuple is not a YAML value; Kedro expects plain ones.
-            return list(value) if isinstance(value, tuple) else value
-
-        OmegaConf.register_new_resolver("params", read, replace=True)
+        self._root = context.project_path / Path(self._options.output_dir).expanduser()
 
     @hook_impl
     def before_pipeline_run(

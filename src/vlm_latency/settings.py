@@ -2,15 +2,14 @@
 
 import warnings
 
-from kedro.config import OmegaConfigLoader
-
+from vlm_latency.config_loader import ConfigLoader
 from vlm_latency.hooks import ProjectHooks
 
 # Kedro and we speak to omegaconf 2.3 and newer alike; nobody can act on its advice.
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
 HOOKS = (ProjectHooks(),)
-CONFIG_LOADER_CLASS = OmegaConfigLoader
+CONFIG_LOADER_CLASS = ConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any, NotRequired, TypedDict
 
 from kedro.io import AbstractDataset
+from kedro_datasets._typing import JSONPreview
 
 from vlm_latency.journal import Journal
 
@@ -56,10 +58,13 @@ class RecordLog(AbstractDataset[Chunk, Journal]):
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._journal.folder)}
 
-    def preview(self) -> str:
-        """Tell Kedro-Viz how much there is."""
-        lines = []
-        for path in sorted(self._journal.folder.glob("*.jsonl")):
-            with path.open("rb") as file:
-                lines.append(f"{path.stem}: {sum(1 for _ in file) - 1} runs")
-        return "\n".join(lines) or "empty"
+    def preview(self) -> JSONPreview:
+        """Tell Kedro-Viz how many runs there are, and under which conditions."""
+        found = {
+            path.stem: {
+                "runs": len(self._journal.read(path.stem)),
+                "conditions": self._journal.conditions(path),
+            }
+            for path in sorted(self._journal.folder.glob("*.jsonl"))
+        }
+        return JSONPreview(json.dumps(found))

@@ -1,0 +1,33 @@
+"""Kedro's configuration loader, whose catalog may refer to parameters."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kedro.config import OmegaConfigLoader
+from omegaconf import OmegaConf
+
+from vlm_latency.options import Options
+
+
+class ConfigLoader(OmegaConfigLoader):
+    """Lend the parameters, checked and complete, to the catalog as ``${params:…}``."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        OmegaConf.register_new_resolver("params", self._parameter, replace=True)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        values = Options.from_parameters(self["parameters"]).model_dump()
+        values["output_dir"] = str(Path(values["output_dir"]).expanduser())
+        return values
+
+    def _parameter(self, path: str) -> Any:
+        value: Any = self._parameters
+        for name in path.split("."):
+            value = value[name]
+        # A tuple is not a YAML value; Kedro expects plain ones.
+        return list(value) if isinstance(value, tuple) else value
