@@ -179,6 +179,7 @@ def _cascade(
         axes.errorbar(
             total, 0, xerr=whiskers(means["T_total"]), color="black", capsize=3, fmt="none"
         )
+        reach = max(reach, total + float(whiskers(means["T_total"])[1, 0]))
     for i, (name, left) in enumerate(zip(parts, starts, strict=True), start=1):
         _one_bar(axes, (left, i), means[name], name, rows)
         reach = max(
