@@ -6,6 +6,7 @@ and with its number of threads (Williams, Waterman and Patterson 2009).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import time
@@ -51,7 +52,7 @@ def ceilings(device: Any, dtype: str, threads: int, seconds: float = 8.0) -> dic
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _current(device):
             size, flops = _matmul(device, getattr(torch, dtype), seconds / 3)
             copied, moved = _copy(device, seconds / 3)
             launches = _launch(device, seconds / 3)
@@ -74,6 +75,13 @@ def ceilings(device: Any, dtype: str, threads: int, seconds: float = 8.0) -> dic
         "matmul_size": size,
         "copy_bytes": copied,
     }
+
+
+def _current(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the one whose stream and events are meant."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _matmul(device: Any, dtype: Any, seconds: float) -> tuple[int, list[float]]:

@@ -57,23 +57,24 @@ class HostClock:
 
 
 class CudaClock:
-    """Timing events on a CUDA device's current stream, in nanoseconds from the first of them."""
+    """Timing events on a CUDA device's current stream, nanoseconds from the first of them."""
 
     def __init__(self, device: Any) -> None:
         self._device = device
+        self._stream: Any = None
         self._events: list[Any] = []
 
     def reserve(self, slots: int) -> None:
         import torch
 
-        with torch.cuda.device(self._device):
-            for _ in range(slots - len(self._events)):
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()  # the driver makes an event only when it is first recorded
-                self._events.append(event)
+        self._stream = torch.cuda.current_stream(self._device)
+        for _ in range(slots - len(self._events)):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(self._stream)  # the driver makes an event when it is first recorded
+            self._events.append(event)
 
     def stamp(self, slot: int) -> None:
-        self._events[slot].record()
+        self._events[slot].record(self._stream)
 
     def synchronize(self) -> None:
         import torch

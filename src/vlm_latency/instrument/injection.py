@@ -14,7 +14,7 @@ from torch import nn
 from vlm_latency.instrument.methods import DECODE, ENCODER, PREFILL, PROJECTOR
 
 COMPONENTS = (ENCODER, PROJECTOR, PREFILL, DECODE)
-STEP = 1  # the decode step that is delayed: the first after the prefill
+STEP = 2  # the decode step that is delayed: of three tokens the last, so that little follows
 
 
 class Delay:
@@ -25,6 +25,7 @@ class Delay:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_cuda = device.type == "cuda"
         if self._on_cuda:
             self._ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -54,9 +55,10 @@ class Delay:
         return self._length_ns / 1e6
 
     def _sleep(self, cycles: int) -> None:
-        self._ends[0].record()
-        torch.cuda._sleep(cycles)
-        self._ends[1].record()
+        with torch.cuda.device(self._device):
+            self._ends[0].record()
+            torch.cuda._sleep(cycles)
+            self._ends[1].record()
 
 
 @contextlib.contextmanager
@@ -64,8 +66,8 @@ def delayed(vlm: Any, component: str, milliseconds: float, delay: Delay) -> Iter
     """Delay one component of every request meanwhile, once per request.
 
     The delay ends the component's forward: it lies within the boundary marks, which are put
-    around it later, and does not disturb the work before it. Decode is delayed in its first
-    step, as a whole where that step is compiled. A meter must attach its hooks inside this.
+    around it later, and does not disturb the work before it. Decode is delayed in its second
+    step, at its start where that step is compiled. A meter must attach its hooks inside this.
     """
     components, model = vlm.components, vlm.model
     calls = 0
@@ -79,7 +81,7 @@ def delayed(vlm: Any, component: str, milliseconds: float, delay: Delay) -> Iter
 
     with contextlib.ExitStack() as stack:
         if component == DECODE and vlm.options.engine == "compiled":
-            stack.enter_context(_before_compiled_step(model, lambda: act(0)))
+            stack.enter_context(_before_compiled_step(model, lambda: act(STEP - 1)))
         else:
             module, at = {
                 ENCODER: (components.vision_encoder, 0),
