@@ -71,13 +71,20 @@ class Model:
         return load(self.options)
 
 
-class ModelDataset(AbstractDataset[NoReturn, Model]):
-    """A vision-language model.
+class ReadOnly(AbstractDataset[NoReturn, Any]):
+    """What is only read: saving is refused, whatever the pipeline."""
+
+    def save(self, data: NoReturn) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} is only read")
+
+
+class FromOptions(ReadOnly):
+    """What a group of parameters describes.
 
     Parameters
     ----------
     options
-        The ``model.*`` parameters.
+        The group.
     metadata
         Passed through to Kedro plugins.
     """
@@ -85,31 +92,45 @@ class ModelDataset(AbstractDataset[NoReturn, Model]):
     def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
         self._options = dict(options)
         self.metadata = metadata
-
-    def load(self) -> Model:
-        return Model(ModelOptions.model_validate(self._options))
-
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("a model is only read")
 
     def _describe(self) -> dict[str, Any]:
         return self._options
 
 
-class VQADataset(AbstractDataset[NoReturn, "QuestionSource"]):
-    """VQA v2 questions and their images: official files, a hub dataset, a folder, or synthetic.
+class FromPath(ReadOnly):
+    """What lies in one place on disk.
 
     Parameters
     ----------
-    options
-        The ``dataset.*`` parameters.
+    filepath
+        The file or folder.
     metadata
         Passed through to Kedro plugins.
     """
 
-    def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
-        self._options = dict(options)
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
+        self._path = Path(filepath)
         self.metadata = metadata
+
+    def _exists(self) -> bool:
+        return self._path.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._path)}
+
+
+class ModelDataset(FromOptions):
+    """A vision-language model, by the ``model.*`` parameters."""
+
+    def load(self) -> Model:
+        return Model(ModelOptions.model_validate(self._options))
+
+
+class VQADataset(FromOptions):
+    """VQA v2 questions and their images, by the ``dataset.*`` parameters.
+
+    Official files, a hub dataset, a folder, or synthetic.
+    """
 
     def load(self) -> QuestionSource:
         from vlm_latency.vqa import open_source
@@ -119,15 +140,9 @@ class VQADataset(AbstractDataset[NoReturn, "QuestionSource"]):
             raise DataError("no dataset: set dataset.source (and dataset.path)")
         return open_source(**options.model_dump())
 
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("questions are only read")
 
-    def _describe(self) -> dict[str, Any]:
-        return self._options
-
-
-class EarlierResult(AbstractDataset[NoReturn, Any]):
-    """A result that another command made; it is read and never written.
+class EarlierResult(FromPath):
+    """A result that another command made.
 
     Parameters
     ----------
@@ -149,11 +164,10 @@ class EarlierResult(AbstractDataset[NoReturn, Any]):
         chosen: str | None = None,
         metadata: dict[str, Any] | None = None,
     ):
-        self._path = Path(chosen or filepath)
+        super().__init__(filepath=chosen or filepath, metadata=metadata)
         self._made_by = made_by
-        self.metadata = metadata
 
-    def load(self) -> Any:
+    def load(self) -> dict[str, Any]:
         if not self._path.is_file():
             raise DataError(
                 f"no result {self._path}; run 'kedro run --pipeline {self._made_by}' first, with the "
@@ -162,95 +176,33 @@ class EarlierResult(AbstractDataset[NoReturn, Any]):
             )
         return read_result(self._path)
 
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("an earlier result is only read")
 
-    def _exists(self) -> bool:
-        return self._path.is_file()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._path)}
-
-
-class OptionalJSON(AbstractDataset[NoReturn, Any]):
-    """A JSON file that need not be there: ``None`` then.
-
-    Parameters
-    ----------
-    filepath
-        The file.
-    metadata
-        Passed through to Kedro plugins.
-    """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(filepath)
-        self.metadata = metadata
+class OptionalJSON(FromPath):
+    """A JSON file that need not be there: ``None`` then."""
 
     def load(self) -> Any:
         return read_json(self._path) if self._path.is_file() else None
 
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("this file is only read here")
 
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._path)}
-
-
-class ResultsFolder(AbstractDataset[NoReturn, dict[str, Any]]):
-    """Whatever results lie below the output folder, for the page.
-
-    Parameters
-    ----------
-    filepath
-        The output folder.
-    metadata
-        Passed through to Kedro plugins.
-    """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(filepath)
-        self.metadata = metadata
+class ResultsFolder(FromPath):
+    """Whatever results lie below the output folder, for the page."""
 
     def load(self) -> dict[str, Any]:
         from vlm_latency.page import collect_results
 
         return collect_results(self._path)
 
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("each result has a dataset of its own")
 
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._path)}
-
-
-class RunFolders(AbstractDataset[NoReturn, list[Run]]):
-    """The results folders to compare, the baseline first.
-
-    Parameters
-    ----------
-    options
-        The ``compare.*`` parameters.
-    metadata
-        Passed through to Kedro plugins.
-    """
-
-    def __init__(self, *, options: dict[str, Any], metadata: dict[str, Any] | None = None):
-        self._options = CompareOptions.model_validate(dict(options))
-        self.metadata = metadata
+class RunFolders(FromOptions):
+    """The results folders to compare, by the ``compare.*`` parameters; the baseline first."""
 
     def load(self) -> list[Run]:
-        pair = [self._options.baseline, self._options.candidate]
-        folders = list(self._options.runs or [folder for folder in pair if folder])
+        options = CompareOptions.model_validate(self._options)
+        pair = [options.baseline, options.candidate]
+        folders = list(options.runs or [folder for folder in pair if folder])
         if len(folders) < 2:
             raise DataError(
                 f"found {len(folders)} results folder(s) to compare; give compare.baseline=<folder>,"
                 "compare.candidate=<folder>, or compare.runs='a b c'"
             )
         return [read_run(folder) for folder in folders]
-
-    def save(self, data: NoReturn) -> NoReturn:
-        raise NotImplementedError("earlier results are only read")
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": " ".join(self._options.runs or ())}

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_latency.results import FILES
+
 # Study -> the name of its JSON file, in the order in which a reader wants them.
-RESULTS = {
-    "exp1": "exp1_latency_distribution",
-    "exp2": "exp2_component_profiling",
-    "exp3": "exp3_vision_tokens_vs_latency",
-    "exp4": "exp4_language_tokens_vs_latency",
-    "exp5": "exp5_flops_vs_latency",
-    "calibration": "calibration",
-    "predict": "predict",
-    "compare": "compare",
-}
+RESULTS = {**FILES, "calibration": "calibration", "predict": "predict", "compare": "compare"}
 
 
 @dataclass(frozen=True)
