@@ -1,0 +1,96 @@
+"""The hooks by themselves: what is refused, what is said, and where the results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline, node
+from kedro.runner import SequentialRunner, ThreadRunner
+
+from vlm_latency import hooks
+from vlm_latency.errors import MeasurementError, UserError
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+MEASURING = Pipeline(
+    [node(identity, "a", "b", name="measure", tags="owns_device", namespace="exp1.measurement")]
+)
+REPORTING = Pipeline([node(identity, "a", "page", name="publish")])
+
+
+@pytest.fixture
+def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hooks.ProjectHooks:
+    """Hooks of a project in ``tmp_path``, whose other checks all pass."""
+    monkeypatch.setattr(hooks, "check", lambda *_, **asked: [f"will: {asked['experiments']}"])
+    made = hooks.ProjectHooks()
+    made.after_context_created(context(tmp_path, output_dir="results"))
+    return made
+
+
+def context(project: Path, **parameters: Any) -> Any:
+    return SimpleNamespace(params=parameters, project_path=project)
+
+
+def before(hook: hooks.ProjectHooks, pipeline: Pipeline, **run_params: Any) -> None:
+    asked = {"runner": "None", "only_missing_outputs": False, **run_params}
+    hook.before_pipeline_run(run_params=asked, pipeline=pipeline, catalog=DataCatalog())
+
+
+def test_parameters_are_validated_with_the_context(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'output_dir'"):
+        hooks.ProjectHooks().after_context_created(context(tmp_path, output_dri="x"))
+
+
+@pytest.mark.parametrize("runner", [None, "SequentialRunner", SequentialRunner()])
+def test_one_run_after_the_other_is_allowed(
+    runner: Any, hook: hooks.ProjectHooks, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "vlm_latency"):
+        before(hook, MEASURING, runner=getattr(runner, "__name__", str(runner)))
+    assert "will: ['exp1']" in caplog.text
+    hook.before_node_run(is_async=False)
+
+
+@pytest.mark.parametrize("runner", ["ThreadRunner", "kedro.runner.ParallelRunner", ThreadRunner()])
+def test_other_runners_are_refused_where_something_is_measured(
+    runner: Any, hook: hooks.ProjectHooks
+) -> None:
+    with pytest.raises(MeasurementError, match=r"found runner \w+Runner; a measurement must"):
+        before(hook, MEASURING, runner=str(runner))
+    before(hook, REPORTING, runner=str(runner))
+
+
+def test_nothing_overlaps_where_something_is_measured(hook: hooks.ProjectHooks) -> None:
+    before(hook, MEASURING)
+    with pytest.raises(MeasurementError, match="is_async"):
+        hook.before_node_run(is_async=True)
+    before(hook, REPORTING)
+    hook.before_node_run(is_async=True)
+
+
+def test_outputs_that_exist_are_no_reason_to_skip_a_measurement(hook: hooks.ProjectHooks) -> None:
+    with pytest.raises(MeasurementError, match="a file that exists need not be complete"):
+        before(hook, MEASURING, only_missing_outputs=True)
+    before(hook, REPORTING, only_missing_outputs=True)
+
+
+@pytest.mark.parametrize(("pipeline", "page"), [(MEASURING, False), (REPORTING, True)])
+def test_the_closing_line_says_where_the_results_are(
+    pipeline: Pipeline,
+    page: bool,
+    hook: hooks.ProjectHooks,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO", "vlm_latency"):
+        hook.after_pipeline_run(pipeline=pipeline)
+    (line,) = caplog.messages
+    assert line.startswith(f"Results are in {tmp_path / 'results'}")
+    assert ("index.html" in line) is page

@@ -1,0 +1,119 @@
+"""What cannot work is refused before anything is loaded, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from vlm_latency.datasets import EarlierResult, ModelDataset, VQADataset
+from vlm_latency.errors import MeasurementError, UserError
+from vlm_latency.options import Options
+from vlm_latency.preflight import check, refuse_contradictions
+
+ALL = ["exp1", "exp2", "exp3", "exp4"]
+SIZES = {
+    "exp1": {"sampling": {"num_samples": 5}},
+    "exp2": {"sampling": {"num_samples": 3}},
+    "exp3": {"sampling": {"max_grid_size": 4}},
+    "exp4": {"sampling": {"num_samples": 2, "max_new_tokens_list": [8, 16], "tiling": "2x3"}},
+}
+SYNTHETIC = {"source": "synthetic", "size": 20}
+
+
+def checked(root: Path, experiments: list[str] = ALL, **parameters: Any) -> list[str]:
+    given = {"model": {"name": "null"}, "dataset": SYNTHETIC, **SIZES, **parameters}
+    options = Options.from_parameters(given)
+    return check(
+        options,
+        root,
+        experiments=experiments,
+        model=ModelDataset(options=options.model.model_dump()),
+        questions=VQADataset(options=options.dataset.model_dump()),
+        earlier={},
+    )
+
+
+def refusals(root: Path, **parameters: Any) -> list[str]:
+    with pytest.raises(UserError) as error:
+        checked(root, **parameters)
+    return str(error.value).splitlines()
+
+
+def test_a_line_says_what_each_experiment_will_do(tmp_path: Path) -> None:
+    lines = checked(tmp_path)
+    assert [line.split(":")[0] for line in lines] == ALL
+    assert "5 questions" in lines[0]
+    assert "grids 1×1 … 1×4" in lines[2]
+    assert "2 images × 2 lengths" in lines[3]
+    assert all("null" in line for line in lines)
+    assert not list(tmp_path.iterdir())  # nothing is left of the attempt to write
+
+
+def test_everything_is_refused_at_once(tmp_path: Path) -> None:
+    told = refusals(
+        tmp_path,
+        exp1={"sampling": {"num_samples": 500}},
+        exp3={"sampling": {"max_grid_size": 20}},
+        exp4={"sampling": {"num_samples": 2, "max_new_tokens_list": [8, 2**31], "tiling": "9x9"}},
+    )
+    assert [line.split(" ")[0] for line in told] == [
+        "num_samples=500",
+        "max_grid_size=20",
+        "exp4.sampling.max_new_tokens_list:",
+        "tiling",
+    ]
+
+
+def test_model_and_dataset_are_asked_for_together(tmp_path: Path) -> None:
+    (told,) = refusals(tmp_path, model={"name": None}, dataset={"source": None})
+    assert "model.name" in told
+    assert "dataset.source" in told
+
+
+def test_both_earlier_results_are_asked_for(tmp_path: Path) -> None:
+    earlier = {
+        name: EarlierResult(filepath=str(tmp_path / f"{name}.json"), made_by=name)
+        for name in ("exp3", "exp4")
+    }
+    with pytest.raises(UserError) as error:
+        check(Options(), tmp_path, experiments=[], earlier=earlier)
+    first, second = str(error.value).splitlines()
+    assert "kedro run --pipeline exp3" in first
+    assert "kedro run --pipeline exp4" in second
+
+
+def test_questions_without_answers_have_no_answers_length(tmp_path: Path) -> None:
+    table = pd.DataFrame({"image": ["a.png"], "question": ["What is it?"]})
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    table.to_csv(folder / "questions.csv", index=False)
+    (folder / "a.png").write_bytes(b"is not opened here")
+    given = {
+        "dataset": {"source": "folder", "path": str(folder)},
+        "exp1": {"sampling": {"num_samples": 1}},
+    }
+    (told,) = refusals(tmp_path / "out", experiments=["exp1"], **given)
+    assert "have no answer, which output_length=answer needs" in told
+    without = {**given, "measurement": {"output_length": "natural"}}
+    assert len(checked(tmp_path / "out", ["exp1"], **without)) == 1
+
+
+def test_lengths_that_do_not_fit_can_be_dropped(tmp_path: Path) -> None:
+    sampling = {"num_samples": 2, "max_new_tokens_list": [8, 2**31], "tiling": "2x3"}
+    (told,) = refusals(tmp_path, experiments=["exp4"], exp4={"sampling": sampling})
+    assert f"{2**31} new tokens" in told
+    dropping = {"sampling": {**sampling, "on_too_long": "drop"}}
+    assert len(checked(tmp_path, ["exp4"], exp4=dropping)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("vision_results", "exp3.result"), ("language_results", "exp4.result")]
+)
+def test_an_earlier_result_and_a_new_one_contradict_each_other(name: str, output: str) -> None:
+    options = Options.from_parameters({"exp5": {name: "earlier.json"}})
+    refuse_contradictions(options, {"exp5.result"})
+    with pytest.raises(MeasurementError, match=rf"exp5\.{name} names an earlier result"):
+        refuse_contradictions(options, {output, "exp5.result"})
