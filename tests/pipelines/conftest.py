@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
+
+from vlm_latency.vqa.images import image_bytes, noise_recipe
 
 PROJECT = Path(__file__).parents[2]
 
@@ -47,3 +50,46 @@ def kedro_run() -> Callable[..., dict[str, Any]]:
             return session.run(pipeline_names=[pipeline], **options)
 
     return run
+
+
+class Dataset:
+    """One question about each of twelve small photos, in VQA v2's own layout."""
+
+    def __init__(self, root: Path, count: int = 12):
+        self.root, self.count = root, count
+        (root / "val2014").mkdir(parents=True)
+        for n in range(1, self.count + 1):
+            self.write_image(n)
+        self.ask("What is it?")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, n: int) -> Path:
+        return self.root / "val2014" / f"COCO_val2014_{n:012d}.jpg"
+
+    def write_image(self, n: int) -> None:
+        data = image_bytes({"image_recipe": noise_recipe(n, 48, 40)}, None)
+        self.image(n).write_bytes(data)
+
+    def ask(self, question: str) -> None:
+        questions = [
+            {"image_id": n, "question_id": n, "question": question}
+            for n in range(1, self.count + 1)
+        ]
+        path = self.root / "v2_OpenEnded_mscoco_val2014_questions.json"
+        path.write_text(json.dumps({"questions": questions}))
+
+    def break_image(self, n: int, how: str) -> None:
+        data = self.image(n).read_bytes()
+        if how == "missing":
+            self.image(n).unlink()
+        elif how == "corrupt":
+            self.image(n).write_bytes(b"\xff\xd8 no photo")
+        else:
+            self.image(n).write_bytes(data[: len(data) // 2])
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(tmp_path / "vqa")

@@ -18,51 +18,10 @@ from vlm_latency.cli import user_error
 from vlm_latency.errors import MeasurementError
 from vlm_latency.journal import RUN
 from vlm_latency.models.null import NullMeter
-from vlm_latency.vqa.images import image_bytes, noise_recipe
 
-IMAGES = 12
 UNSIZED = pytest.mark.xfail(
     raises=TypeError, reason="the warm-up cannot tell the shape of an image that has no size"
 )
-
-
-class Dataset:
-    """One question about each of twelve small photos, in VQA v2's own layout."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        (root / "val2014").mkdir(parents=True)
-        for n in range(1, IMAGES + 1):
-            self.write_image(n)
-        self.ask("What is it?")
-
-    def image(self, n: int) -> Path:
-        return self.root / "val2014" / f"COCO_val2014_{n:012d}.jpg"
-
-    def write_image(self, n: int) -> None:
-        data = image_bytes({"image_recipe": noise_recipe(n, 48, 40)}, None)
-        self.image(n).write_bytes(data)
-
-    def ask(self, question: str) -> None:
-        questions = [
-            {"image_id": n, "question_id": n, "question": question} for n in range(1, IMAGES + 1)
-        ]
-        path = self.root / "v2_OpenEnded_mscoco_val2014_questions.json"
-        path.write_text(json.dumps({"questions": questions}))
-
-    def break_image(self, n: int, how: str) -> None:
-        data = self.image(n).read_bytes()
-        if how == "missing":
-            self.image(n).unlink()
-        elif how == "corrupt":
-            self.image(n).write_bytes(b"\xff\xd8 no photo")
-        else:
-            self.image(n).write_bytes(data[: len(data) // 2])
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "vqa")
 
 
 @pytest.fixture
@@ -75,7 +34,7 @@ Measured = tuple[pd.DataFrame, dict[str, Any]]
 
 @pytest.fixture
 def measured(
-    dataset: Dataset, out: Path, kedro_run: Callable[..., dict[str, Any]]
+    dataset: Any, out: Path, kedro_run: Callable[..., dict[str, Any]]
 ) -> Callable[..., Measured]:
     """Run exp1 up to its table of measurements; give that and the coverage."""
 
@@ -84,7 +43,7 @@ def measured(
             "model.name": "null",
             "dataset.source": "official",
             "dataset.path": str(dataset.root),
-            "exp1.sampling.num_samples": IMAGES,
+            "exp1.sampling.num_samples": len(dataset),
             "exp1.measurement.num_runs": 2,
             "exp1.measurement.noise_repeats": 0,
             "exp1.measurement.output_length": "3",
@@ -125,8 +84,8 @@ def broken_meter(at: int, raising: Callable[[], BaseException]) -> Callable[...,
 
 def test_every_request_is_measured_once_per_run(measured: Callable[..., Measured]) -> None:
     table, coverage = measured()
-    assert len(table) == len(set(runs(table))) == 2 * IMAGES
-    assert sorted(table["order_index"]) == list(range(2 * IMAGES))
+    assert len(table) == len(set(runs(table))) == 24
+    assert sorted(table["order_index"]) == list(range(24))
     assert (table["num_output_tokens"] == 3).all()
     counted = {key: coverage[key] for key in ("planned", "measured", "failed", "missing")}
     assert counted == {"planned": 24, "measured": 24, "failed": 0, "missing": 0}
@@ -183,7 +142,7 @@ def test_other_conditions_begin_another_journal_and_the_log_says_so(
 
 
 def test_a_request_that_asks_for_something_else_is_measured_again(
-    measured: Callable[..., Measured], dataset: Dataset
+    measured: Callable[..., Measured], dataset: Any
 ) -> None:
     first, _ = measured()
     dataset.ask("And what is this, then?")
@@ -210,7 +169,7 @@ def test_without_resume_everything_is_measured_afresh(
     [pytest.param("missing", marks=UNSIZED), pytest.param("corrupt", marks=UNSIZED), "truncated"],
 )
 def test_a_broken_image_costs_only_its_own_request(
-    how: str, measured: Callable[..., Measured], dataset: Dataset
+    how: str, measured: Callable[..., Measured], dataset: Any
 ) -> None:
     dataset.break_image(3, how)
     generous = {"measurement__max_failures": 0.5}
@@ -231,10 +190,8 @@ def test_a_broken_image_costs_only_its_own_request(
 
 
 @UNSIZED
-def test_all_images_corrupt_is_no_result(
-    measured: Callable[..., Measured], dataset: Dataset
-) -> None:
-    for n in range(1, IMAGES + 1):
+def test_all_images_corrupt_is_no_result(measured: Callable[..., Measured], dataset: Any) -> None:
+    for n in range(1, len(dataset) + 1):
         dataset.break_image(n, "corrupt")
     with pytest.raises(MeasurementError, match="no run succeeded; nothing to report"):
         measured(measurement__max_failures=1)
@@ -242,7 +199,7 @@ def test_all_images_corrupt_is_no_result(
 
 @UNSIZED
 def test_too_many_failures_stop_the_run_with_a_summary(
-    measured: Callable[..., Measured], dataset: Dataset
+    measured: Callable[..., Measured], dataset: Any
 ) -> None:
     for n in (2, 5, 7):
         dataset.break_image(n, "corrupt")
