@@ -81,29 +81,32 @@ def test_an_encoder_with_the_projector_inside_is_not_replayed(qwen: Any) -> None
         assert not replayed
 
 
-def case(error: list[float], elsewhere: list[float], delay: float = 10.0) -> str:
+def case(own: list[float], delay: float = 10.0, **elsewhere: float) -> str:
+    """The state of 12 pairs with these errors of the projector, and these everywhere else."""
+    others = {name: elsewhere.get(name, 0.0) for name in (*COMPONENTS, "T_other")}
+    del others["T_projector"]
     rows = [
         {
             "component": "T_projector",
             "delay_ms": delay,
             "injected_ms": delay,
-            "recovered_ms": delay + own,
-            "elsewhere_ms": {"T_other": other},
+            "recovered_ms": delay + error,
+            "elsewhere_ms": others,
         }
-        for own, other in zip(error, elsewhere, strict=True)
+        for error in own
     ]
     return str(calibration._case(rows, "T_projector", delay)["state"])
 
 
 def test_states_of_a_recovery() -> None:
-    nothing = [0.0] * 12
-    assert case([0.1] * 12, nothing) == "recovered"
-    assert case([-0.19] * 12, [0.1] * 12) == "recovered"
-    assert case([0.1] * 12, [0.3] * 12) == "disturbed"
-    assert case([0.3] * 12, nothing) == "missed"
-    assert case([-0.3] * 12, nothing) == "missed"
-    assert case(list(np.linspace(-1, 2, 12)), nothing) == "undecided"
-    assert case([0.4] * 12, nothing, delay=50.0) == "recovered"  # 1 % of 50 ms
+    assert case([0.1] * 12) == "recovered"
+    assert case([-0.19] * 12, T_LLM_prefill=0.1, T_vision_encoder=-0.1) == "recovered"
+    assert case([0.1] * 12, T_LLM_prefill=0.3) == "disturbed"  # it runs after the projector
+    assert case([0.1] * 12, T_vision_encoder=0.3) == "missed"  # it has run before
+    assert case([0.3] * 12) == "missed"
+    assert case([-0.3] * 12) == "missed"
+    assert case(list(np.linspace(-1, 2, 12))) == "undecided"
+    assert case([0.4] * 12, delay=50.0) == "recovered"  # 1 % of 50 ms
 
 
 def test_false_alarms_come_from_blocks_of_their_own() -> None:
@@ -218,12 +221,13 @@ def test_verdict_on_overhead(mean: float, low: float, high: float, words: str) -
 def test_verdict_names_what_was_not_recovered() -> None:
     cases = [
         {"component": "T_projector", "delay_ms": 2.0, "state": "missed"},
-        {"component": "T_LLM_decode", "delay_ms": 50.0, "state": "disturbed"},
+        {"component": "T_LLM_decode", "delay_ms": 50.0, "state": "disturbed", "after_ms": 0.74},
     ]
     said = verdict(results(known_truth={"cases": cases}))[2]
-    assert said.startswith("0 of 2")
-    assert "missed (the error is certain): T_projector 2 ms" in said
-    assert "T_LLM_decode 50 ms" in said
+    assert said.startswith("1 of 2")
+    assert "0 of them with no trace elsewhere" in said
+    assert "after the other 1, what runs next is slower by up to 0.7 ms" in said
+    assert said.endswith("missed (the error is certain): T_projector 2 ms")
 
 
 def test_verdict_distrusts_wrong_alarm_rates_only_when_it_can_tell() -> None:
