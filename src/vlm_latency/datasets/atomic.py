@@ -88,9 +88,9 @@ class AtomicJSON(FileDataset):
         return read_json(self._path)
 
     def save(self, data: Any) -> None:
-        with replacing(self._path) as temporary:
-            text = json.dumps(plain(data), allow_nan=False, ensure_ascii=False, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        with replacing(self._path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            json.dump(plain(data), file, allow_nan=False, ensure_ascii=False, indent=1)
+            file.write("\n")
 
     def preview(self) -> JSONPreview:
         """Show the result in Kedro-Viz, all but its entries."""
