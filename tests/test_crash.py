@@ -69,6 +69,7 @@ def measure():
         log.save(chunk)
     table, _ = nodes.collect(options, requests, environment, log.load())
     table.to_parquet(folder / "table.parquet")
+    assert "torch" not in sys.modules
 
 
 def child():

@@ -309,3 +309,23 @@ def seed_language(length: int, image: int) -> dict[str, Any]:
         "flops_llm_decode": 10**10 * length,
         "flops_total": 10**12 + 10**10 * length,
     }
+
+
+@pytest.mark.slow
+def test_real_questions_by_parameters_alone(
+    shared: Path, tmp_path: Path, kedro_run: Callable[..., Any]
+) -> None:
+    given = {
+        "dataset.source": "official",
+        "dataset.path": str(shared / "real" / "vqa_v2_mini"),
+        "exp1.sampling.num_samples": 4,
+        "measurement.warmup_runs": 0,
+    }
+    kedro_run("exp1", tmp_path, given)
+    data = result(tmp_path, "exp1")
+    assert data["coverage"]["failed"] == 0
+    assert data["environment"]["dataset"]["synthetic"] is False
+    assert all(len(entry["answers"]) == 10 for entry in data["results"])
+    rows = records(tmp_path, "exp1")
+    assert (rows["num_output_tokens"] >= 1).all()
+    assert not list((shared / "real" / "vqa_v2_mini").glob("**/*.parquet"))

@@ -133,7 +133,13 @@ def _read_requests(path: Path, experiment: str) -> pd.DataFrame:
     missing = [name for name in REQUEST_COLUMNS if name not in table]
     if missing:
         raise DataError(f"{path} is not a table of requests: no column {', '.join(missing)}")
-    if not (table["experiment"] == experiment).all():
-        found = ", ".join(sorted(table["experiment"].unique()))
-        raise DataError(f"{path} holds requests of {found}; expected {experiment}")
-    return typed(table, REQUEST_COLUMNS)
+    try:
+        table = typed(table, REQUEST_COLUMNS)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path} is not a table of requests: {error}") from None
+    found = sorted(table["experiment"].fillna("no experiment").unique())
+    if found != [experiment]:
+        raise DataError(
+            f"{path} holds requests of {', '.join(found) or 'none'}; expected {experiment}"
+        )
+    return table
