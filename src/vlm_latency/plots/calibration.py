@@ -31,6 +31,9 @@ METHODS = {"timeline": "#009E73", "hook": "#CC79A7", "subtraction": "#D55E00"}
 TOLERANCE = 1.0  # percent of an injected delay
 
 
+RESOLUTION_MS = 1e-6  # of the host clock, a nanosecond
+
+
 def calibration(
     injections: pd.DataFrame, statistics: Mapping[str, Any], context: FigureContext, style: Style
 ) -> Figure:
@@ -213,6 +216,8 @@ def _closure(axes: Axes, methods: Mapping[str, Any]) -> None:
     labels = []
     for i, (method, result) in enumerate(methods.items()):
         closure = result.get("closure_ms")
+        if all(end is None or abs(end) < RESOLUTION_MS for end in ends(closure)):
+            closure = 0.0  # rounding of sums, not time
         value, error = ends(closure)[0], whiskers(closure)
         axes.barh(i, value, 0.5, xerr=error, color=METHODS.get(method), capsize=3, alpha=0.8)
         if np.isfinite(value):
@@ -229,5 +234,7 @@ def _closure(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.locator_params(axis="x", nbins=5)
     low, high = axes.get_xlim()
+    if high - low < RESOLUTION_MS:
+        low, high = -1.0, 1.0
     axes.set_xlim(low, high + 0.8 * (high - low))
     return None
