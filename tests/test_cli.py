@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 from kedro.framework.startup import bootstrap_project
@@ -33,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     def invoke(*options: str, params: str = NULL, env: str = "smoke") -> Result:
         given = f"{params},output_dir={tmp_path / 'out'}" if params else ""
         words = ["--env", env, *options, *(["--params", given] if given else [])]
-        return CliRunner().invoke(cli.run, words, prog_name="kedro run")
+        return CliRunner().invoke(cli.run, words)
 
     return invoke
 
@@ -256,6 +257,32 @@ def test_both_spellings_of_a_pipeline_work(
     assert list(tmp_path.glob("out/exp1/journal/*.jsonl"))
     assert "eprecat" not in result.output
     assert not [warning for warning in recwarn if "'--pipeline'" in str(warning.message)]
+
+
+def test_lists_come_from_a_configuration_file(run: Callable[..., Result], tmp_path: Path) -> None:
+    config = tmp_path / "run.yml"
+    given = {"model": {"name": "null"}, "output_dir": str(tmp_path / "out")}
+    given["exp4"] = {"sampling": {"num_samples": 1, "max_new_tokens_list": [2, 5]}}
+    command = {"pipelines": "exp4", "to_nodes": "exp4.data_sampling.draw_requests"}
+    config.write_text(json.dumps({"run": {**command, "params": given}}))
+    result = run("--config", str(config), params="")
+    assert result.exit_code == 0, result.output
+    requests = pd.read_parquet(tmp_path / "out" / "exp4" / "exp4_requests.parquet")
+    assert requests["output_length"].tolist() == ["2", "5"]
+
+
+def test_two_commands_never_write_one_journal(run: Callable[..., Result], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    until = ("--pipeline", "exp1", "--to-nodes", "exp1.measurement.collect")
+    assert run(*until, params=f"{NULL},exp1.sampling.num_samples=1").exit_code == 0
+    (journal,) = tmp_path.glob("out/exp1/journal/*.jsonl")
+    before = journal.read_bytes()
+    with journal.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        told = message(run(*until))
+        assert "another run is writing the journal" in told
+        assert journal.read_bytes() == before
+    assert run(*until).exit_code == 0
 
 
 OFFLINE = """

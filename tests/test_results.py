@@ -71,9 +71,27 @@ def test_patches_are_told_from_tokens() -> None:
     assert "num_vision_patches" not in entry_table({"results": tokens}, "exp3")
 
 
+@pytest.mark.parametrize("value", ["fast", [1, 2], {"ms": 3}])
+def test_what_should_be_a_number_is_one(value: Any) -> None:
+    result = {"results": [{"T_total": "1.5"}, {"T_total": value}]}
+    with pytest.raises(DataError) as error:
+        entry_table(result, "exp3")
+    told = f"the result of exp3 has an entry with T_total {value!r}; expected a number"
+    assert str(error.value) == told
+
+
+def test_what_was_not_measured_is_no_number() -> None:
+    result = {"results": [{"T_total": "1.5", "T_projector": None, "num_crops": 2}] * 2}
+    table = entry_table(result, "exp3")
+    assert table["T_total"].tolist() == [1.5, 1.5]
+    assert table["T_projector"].isna().all()
+    assert table["num_crops"].tolist() == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("entry", "experiment", "name"),
     [
+        ({"grid": 3}, "exp3", "exp3-3"),
         ({"grid": "1×3"}, "exp3", "exp3-1x3"),
         ({"query_id": 4, "max_new_tokens": 16}, "exp4", "exp4-4-n16"),
         ({"example_id": 4}, "exp2", "exp2-4"),

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import click
@@ -54,6 +55,7 @@ def _one_message(traceback: bool) -> Iterator[None]:
         found = user_error(error)
         if traceback or found is None:
             raise
+        clear_frames(error.__traceback__)  # ends a measurement's progress bar, and its line
         raise click.ClickException(f"{found}\n(--traceback shows where)") from None
 
 

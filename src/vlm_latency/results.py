@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
 
     ``T_vision`` is read as ``T_vision_total``. Where ``num_vision_tokens`` is 576 × crops in every
     entry it counts patches: it is moved to ``num_vision_patches``, never to be matched with tokens.
+
+    Raises
+    ------
+    DataError
+        When a time, a count or a cost is no number.
     """
     table = pd.DataFrame(result["results"])
     names = {
@@ -90,6 +96,10 @@ def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
         "query_id": "question_id",
     }
     table = table.rename(columns={old: new for old, new in names.items() if new not in table})
+    for name in table:
+        counted = str(name).startswith(("T_", "num_", "flops_"))
+        if counted and not pd.api.types.is_numeric_dtype(table[name]):
+            table[name] = [_number(value, str(name), experiment) for value in table[name]]
     if "request_id" not in table:
         table["request_id"] = _request_ids(table, experiment)
     if {"num_crops", "num_vision_tokens"} <= set(table):
@@ -128,10 +138,19 @@ def read_run(folder: Path | str) -> Run:
     return Run(folder.resolve().name, tables, results)
 
 
+def _number(value: Any, name: str, experiment: str) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise DataError(
+            f"the result of {experiment} has an entry with {name} {value!r}; expected a number"
+        ) from None
+
+
 def _request_ids(table: pd.DataFrame, experiment: str) -> Any:
     """Name a seed's entries as our requests are named, so that the same ones match."""
     if experiment == "exp3" and "grid" in table:
-        return "exp3-" + table["grid"].str.replace("×", "x")
+        return "exp3-" + table["grid"].astype("string").str.replace("×", "x")
     if "question_id" not in table:
         return experiment + "-entry" + table.index.astype(str)
     ids = experiment + "-" + table["question_id"].astype(str)
