@@ -69,12 +69,12 @@ def requests(photo):
 
 
 def test_records_have_the_columns_of_the_record(requests):
-    records = measure("null", requests, num_runs=3, output_length=5)
+    records = measure("null-model", requests, num_runs=3, output_length=5)
     assert list(records.columns) == list(MEASURED_COLUMNS)
     assert len(records) == 6 and set(records["status"]) == {"ok"}
     assert records["order_index"].tolist() == list(range(6))
     assert set(records["num_output_tokens"]) == {5}
-    assert set(records["model"]) == {"null"}
+    assert set(records["model"]) == {"null-model"}
     assert sorted(records[["request_id", "run_index"]].itertuples(index=False, name=None)) == [
         (f"request-{request}", run) for request in range(2) for run in range(3)
     ]
@@ -82,7 +82,7 @@ def test_records_have_the_columns_of_the_record(requests):
 
 def test_images_come_from_files_too(tmp_path, photo):
     photo.save(tmp_path / "photo.png")
-    found = measure("null", [(tmp_path / "photo.png", "What is it?")], num_runs=1)
+    found = measure("null-model", [(tmp_path / "photo.png", "What is it?")], num_runs=1)
     assert found[["image_width", "image_height"]].to_numpy().tolist() == [[96, 72]]
     assert found["num_output_tokens"].tolist() == [int(api.OUTPUT_LENGTH)]
 
@@ -90,8 +90,10 @@ def test_images_come_from_files_too(tmp_path, photo):
 def test_a_drawn_table_keeps_its_output_lengths():
     source = open_source(source="synthetic", size=9)
     table = draw_requests(source, Sampling(num_samples=3), 4, "exp1")
-    assert set(measure("null", table, num_runs=1)["num_output_tokens"]) == {4}
-    assert set(measure("null", table, num_runs=1, output_length=2)["num_output_tokens"]) == {2}
+    assert set(measure("null-model", table, num_runs=1)["num_output_tokens"]) == {4}
+    assert set(measure("null-model", table, num_runs=1, output_length=2)["num_output_tokens"]) == {
+        2
+    }
 
 
 def test_models_take_turns_run_by_run_in_a_random_order(requests):
@@ -141,7 +143,7 @@ def test_what_is_slower_is_slower_by_so_much(requests):
 def test_vision_tokens_are_those_that_went_in(missing, vision, language):
     """Of the prompt's tokens, a model drops the image's first."""
     requests = [(Image.new("RGB", (336, 336)), "What is it?")]
-    prompt = measure("null", requests, num_runs=1)["num_total_tokens"].item()
+    prompt = measure("null-model", requests, num_runs=1)["num_total_tokens"].item()
     model = Scripted("dropping", drifting, prefill_length=prompt - missing)
     found = measure(model, requests, num_runs=1).iloc[0]
     assert found["num_total_tokens"] == prompt - missing
@@ -262,17 +264,27 @@ def test_a_model_that_always_fails_is_an_error_with_its_message(photo):
     [
         (lambda p: measure("tiny-mollmo", [(p, "?")]), ModelError, "tiny-molmo"),
         (lambda p: measure(object(), [(p, "?")]), UserError, "found object in place of a model"),
-        (lambda p: measure("null", []), DataError, "no requests"),
-        (lambda p: measure("null", [p]), DataError, "request 0 is not a pair"),
-        (lambda p: measure("null", [(3, "?")]), DataError, "image of request 0 is a int"),
-        (lambda p: measure("null", [("no.png", "?")]), DataError, "no.png"),
-        (lambda p: measure("null", pd.DataFrame({"a": [1]})), DataError, "no column request_id"),
-        (lambda p: measure("null", [(p, "?")], num_runs=0), UserError, "measurement.num_runs"),
-        (lambda p: measure("null", [(p, "?")], warmup_run=1), UserError, "warmup_runs"),
-        (lambda p: measure("null", [(p, "?")], prompt="hello"), UserError, "question"),
+        (lambda p: measure("null-model", []), DataError, "no requests"),
+        (lambda p: measure("null-model", [p]), DataError, "request 0 is not a pair"),
+        (lambda p: measure("null-model", [(3, "?")]), DataError, "image of request 0 is a int"),
+        (lambda p: measure("null-model", [("no.png", "?")]), DataError, "no.png"),
+        (
+            lambda p: measure("null-model", pd.DataFrame({"a": [1]})),
+            DataError,
+            "no column request_id",
+        ),
+        (
+            lambda p: measure("null-model", [(p, "?")], num_runs=0),
+            UserError,
+            "measurement.num_runs",
+        ),
+        (lambda p: measure("null-model", [(p, "?")], warmup_run=1), UserError, "warmup_runs"),
+        (lambda p: measure("null-model", [(p, "?")], prompt="hello"), UserError, "question"),
         (lambda p: compare({"a": "null"}, [(p, "?")]), UserError, "at least two"),
         (
-            lambda p: compare({"a": "null", "b": load_model("null", num_threads=2)}, [(p, "?")]),
+            lambda p: compare(
+                {"a": "null-model", "b": load_model("null-model", num_threads=2)}, [(p, "?")]
+            ),
             UserError,
             "num_threads",
         ),

@@ -16,10 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from kedro.framework.startup import bootstrap_project
 
-pytestmark = pytest.mark.filterwarnings("ignore:register_new_resolver")
-
 PROJECT = Path(__file__).parents[1]
-NULL = "model.name='null'"  # unquoted, the command line reads it as no value
+NULL = "model.name=null-model"
 
 
 @pytest.fixture
@@ -261,7 +259,7 @@ def test_both_spellings_of_a_pipeline_work(
 
 def test_lists_come_from_a_configuration_file(run: Callable[..., Result], tmp_path: Path) -> None:
     config = tmp_path / "run.yml"
-    given = {"model": {"name": "null"}, "output_dir": str(tmp_path / "out")}
+    given = {"model": {"name": "null-model"}, "output_dir": str(tmp_path / "out")}
     given["exp4"] = {"sampling": {"num_samples": 1, "max_new_tokens_list": [2, 5]}}
     command = {"pipelines": "exp4", "to_nodes": "exp4.data_sampling.draw_requests"}
     config.write_text(json.dumps({"run": {**command, "params": given}}))

@@ -38,7 +38,7 @@ from vlm_latency.vqa.images import noise_recipe
 folder, kills, tear = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "tear"
 options = Options.from_parameters(
     {
-        "model": {"name": "null"},
+        "model": {"name": "null-model"},
         "measurement": {"num_runs": 3, "output_length": "2", "chunk_size": 4},
     }
 ).experiment("exp1", "random")

@@ -36,7 +36,6 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:register_new_resolver")
 def test_the_tour_runs(results, monkeypatch):
     monkeypatch.setenv("VLM_LATENCY_RESULTS", str(results))
     notebook = nbformat.read(TOUR, as_version=4)

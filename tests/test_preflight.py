@@ -24,7 +24,7 @@ SYNTHETIC = {"source": "synthetic", "size": 20}
 
 
 def checked(root: Path, experiments: list[str] = ALL, **parameters: Any) -> list[str]:
-    given = {"model": {"name": "null"}, "dataset": SYNTHETIC, **SIZES, **parameters}
+    given = {"model": {"name": "null-model"}, "dataset": SYNTHETIC, **SIZES, **parameters}
     options = Options.from_parameters(given)
     return check(
         options,

@@ -10,7 +10,7 @@ transformers and its processor, as it is, fine-tuned, pruned or changed in any o
 >>> from PIL import Image
 >>> from vlm_latency import measure
 >>> photo = Image.effect_noise((640, 480), 64)
->>> records = measure("null", [(photo, "What is it?")], num_runs=3, output_length=4)
+>>> records = measure("null-model", [(photo, "What is it?")], num_runs=3, output_length=4)
 >>> records[["run_index", "num_vision_tokens", "num_output_tokens", "status"]].values.tolist()
 [[0, 704, 4, 'ok'], [1, 704, 4, 'ok'], [2, 704, 4, 'ok']]
 
@@ -176,7 +176,7 @@ def compare(
     --------
     >>> from PIL import Image
     >>> photo = Image.effect_noise((640, 480), 64)
-    >>> found = compare({"one": "null", "two": "null"}, [(photo, "What is it?")], num_runs=3)
+    >>> found = compare({"one": "null-model", "two": "null-model"}, [(photo, "What is it?")], num_runs=3)
     >>> found.comparisons["two"].n_matched
     3
     """

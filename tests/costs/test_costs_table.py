@@ -159,7 +159,7 @@ def test_the_null_model_costs_nothing() -> None:
     from vlm_latency.options import ModelOptions
 
     table = add_costs(
-        runs(), describe(ModelOptions(name="null")), hardware=CEILINGS, dtype="float32"
+        runs(), describe(ModelOptions(name="null-model")), hardware=CEILINGS, dtype="float32"
     )
     zero = [name for name in table if name.startswith(("flops_", "bytes_", "launches_", "pred"))]
     assert len(zero) > 30

@@ -27,7 +27,7 @@ RESULT = {"results": [{"T_total": 1.0}]}
 @pytest.mark.parametrize(
     "dataset",
     [
-        ModelDataset(options={"name": "null"}),
+        ModelDataset(options={"name": "null-model"}),
         VQADataset(options={"source": "synthetic"}),
         EarlierResult(filepath="a.json", made_by="exp3"),
         OptionalJSON(filepath="a.json"),
@@ -55,7 +55,7 @@ def test_the_null_model_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "from vlm_latency.datasets import ModelDataset\n"
-        "model = ModelDataset(options={'name': 'null'}).load()\n"
+        "model = ModelDataset(options={'name': 'null-model'}).load()\n"
         "model.check_fits()\n"
         "print(model.device, model.dtype, model.weights, model.vlm.device, 'torch' in sys.modules)"
     )

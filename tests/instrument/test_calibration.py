@@ -289,7 +289,7 @@ def test_the_null_model_has_nothing_to_calibrate() -> None:
     from vlm_latency.models import load
 
     with pytest.raises(MeasurementError, match=r"found model\.name=null"):
-        calibrate(load(ModelOptions(name="null")), QUICK, pd.DataFrame(), lambda _: b"")
+        calibrate(load(ModelOptions(name="null-model")), QUICK, pd.DataFrame(), lambda _: b"")
 
 
 @pytest.mark.gpu

@@ -85,7 +85,7 @@ def test_more_of_the_same_has_the_same_fingerprint(changes: dict[str, Any]) -> N
 
 
 def test_the_null_model_needs_no_torch() -> None:
-    options = ModelOptions(name="null")
+    options = ModelOptions(name="null-model")
     found = environment(
         options, MeasurementOptions(), architecture=describe(options), dataset={}, template="{question}"
     )  # fmt: skip

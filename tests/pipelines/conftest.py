@@ -16,11 +16,6 @@ from vlm_latency.vqa.images import image_bytes, noise_recipe
 PROJECT = Path(__file__).parents[2]
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    # Kedro's loader and ours speak to every omegaconf; its advice is not ours to follow.
-    item.add_marker(pytest.mark.filterwarnings("ignore:register_new_resolver"))
-
-
 def nested(parameters: dict[str, Any]) -> dict[str, Any]:
     """``{"exp1.sampling.num_samples": 4}`` as the command line makes a tree of it."""
     tree: dict[str, Any] = {}
@@ -35,7 +30,7 @@ def nested(parameters: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def kedro_run() -> Callable[..., dict[str, Any]]:
-    """Run a pipeline: ``kedro_run("exp1", folder, {"model.name": "null"})``."""
+    """Run a pipeline: ``kedro_run("exp1", folder, {"model.name": "null-model"})``."""
     bootstrap_project(PROJECT)
 
     def run(

@@ -147,7 +147,8 @@ def write_run(folder: Path, scale: float = 1.0, seed: int = 0) -> Path:
     ):
         times = [column for column in table if column.startswith("T_")]
         table[times] = table[times] * scale
-        result, *_ = report(options(name), table, asked, COVERAGE, ENVIRONMENT)
+        further = [{}] if name == "exp3" else []
+        result, *_ = report(options(name), table, asked, COVERAGE, ENVIRONMENT, *further)
         (folder / name).mkdir(parents=True)
         (folder / name / f"{FILES[name]}.json").write_text(json.dumps(plain(result)))
         table.to_parquet(folder / name / f"{name}_records.parquet")

@@ -20,7 +20,7 @@ SOURCE = open_source(size=12)
 
 
 def options(experiment: str, **sampling: Any) -> ExperimentOptions:
-    given = {"model": {"name": "null"}, experiment: {"sampling": sampling}}
+    given = {"model": {"name": "null-model"}, experiment: {"sampling": sampling}}
     return Options.from_parameters(given).experiment(experiment, "random")
 
 
@@ -70,7 +70,10 @@ def test_a_table_made_before_is_measured_as_it_is(
     small = draw("exp1", num_samples=2)
     small["image_recipe"] = '{"kind": "noise", "seed": 3, "width": 40, "height": 30}'
     small.to_parquet(tmp_path / "requests.parquet")
-    given = {"model.name": "null", "exp1.sampling.requests": str(tmp_path / "requests.parquet")}
+    given = {
+        "model.name": "null-model",
+        "exp1.sampling.requests": str(tmp_path / "requests.parquet"),
+    }
     given["exp1.measurement.noise_repeats"] = 0
     made = kedro_run("exp1", tmp_path / "out", given, to_nodes=["exp1.measurement.collect"])
     runs = made["exp1.measurements"].load()

@@ -19,10 +19,6 @@ from vlm_latency.errors import MeasurementError
 from vlm_latency.journal import RUN
 from vlm_latency.models.null import NullMeter
 
-UNSIZED = pytest.mark.xfail(
-    raises=TypeError, reason="the warm-up cannot tell the shape of an image that has no size"
-)
-
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
@@ -40,7 +36,7 @@ def measured(
 
     def run(**parameters: Any) -> Measured:
         given = {
-            "model.name": "null",
+            "model.name": "null-model",
             "dataset.source": "official",
             "dataset.path": str(dataset.root),
             "exp1.sampling.num_samples": len(dataset),
@@ -164,10 +160,7 @@ def test_without_resume_everything_is_measured_afresh(
     assert "exp1: measured afresh; what was there is kept as" in log.text
 
 
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param("missing", marks=UNSIZED), pytest.param("corrupt", marks=UNSIZED), "truncated"],
-)
+@pytest.mark.parametrize("how", ["missing", "corrupt", "truncated"])
 def test_a_broken_image_costs_only_its_own_request(
     how: str, measured: Callable[..., Measured], dataset: Any
 ) -> None:
@@ -189,7 +182,6 @@ def test_a_broken_image_costs_only_its_own_request(
     assert table["order_index"].is_unique
 
 
-@UNSIZED
 def test_all_images_corrupt_is_no_result(measured: Callable[..., Measured], dataset: Any) -> None:
     for n in range(1, len(dataset) + 1):
         dataset.break_image(n, "corrupt")
@@ -197,7 +189,6 @@ def test_all_images_corrupt_is_no_result(measured: Callable[..., Measured], data
         measured(measurement__max_failures=1)
 
 
-@UNSIZED
 def test_too_many_failures_stop_the_run_with_a_summary(
     measured: Callable[..., Measured], dataset: Any
 ) -> None:

@@ -98,7 +98,9 @@ def test_the_seeds_protocol_counts_the_image_projector_alone(architecture: Any) 
 
 def test_exp3_tells_the_encoders_crops_from_the_decoders_tokens() -> None:
     records, requests = m.vision_sweep()
-    result, _, figure = exp3.report(m.options("exp3"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    result, _, figure = exp3.report(
+        m.options("exp3"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}
+    )
     found = result["statistics"]
     assert found["encoder_per_crop"]["value"] == pytest.approx(m.CROP, rel=0.05)
     assert found["prefill_per_token"]["value"] == pytest.approx(m.TOKEN, rel=0.1)
@@ -114,7 +116,7 @@ def test_exp3_tells_the_encoders_crops_from_the_decoders_tokens() -> None:
 def test_exp4_gives_the_cost_of_a_step(architecture: Any) -> None:
     records, requests = m.language_sweep()
     result, *_ = exp4.report(
-        m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
+        m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}, architecture
     )
     found = result["statistics"]
     assert found["fits"]["T_LLM_decode"]["slope"]["value"] == pytest.approx(m.STEP, rel=0.02)
@@ -141,6 +143,14 @@ def _costed(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+CEILINGS = {
+    "flops_per_s": 1e11,
+    "bytes_per_s": 1e10,
+    "launch_overhead_us": 5.0,
+    "dtype": "float32",
+}
+
+
 def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
     sweeps = []
     for name, (records, requests), report in (
@@ -149,16 +159,16 @@ def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
     ):
         further = [architecture] if name == "exp4" else []
         result, *_ = report(
-            m.options(name), _costed(records), requests, m.COVERAGE, m.ENVIRONMENT, *further
+            m.options(name),
+            _costed(records),
+            requests,
+            m.COVERAGE,
+            m.ENVIRONMENT,
+            CEILINGS,
+            *further,
         )
         sweeps.append(result)
-    ceilings = {
-        "flops_per_s": 1e11,
-        "bytes_per_s": 1e10,
-        "launch_overhead_us": 5.0,
-        "dtype": "float32",
-    }
-    result, tables, figure = exp5.report(m.options("exp5"), *sweeps, ceilings)
+    result, tables, figure = exp5.report(m.options("exp5"), *sweeps)
     found = result["statistics"]
     assert found["ms_per_tflop"]["encoder"]["value"] == pytest.approx(m.CROP / 1e-3, rel=0.01)
     assert found["ms_per_tflop"]["decode"]["value"] == pytest.approx(m.STEP / 1e-6, rel=0.01)
@@ -193,7 +203,7 @@ def test_exp5_reads_the_seeds_own_files() -> None:
             for n in (8, 16, 32, 64)
         ]
     }  # fmt: skip
-    result, _, figure = exp5.report(m.options("exp5"), vision, language, {})
+    result, _, figure = exp5.report(m.options("exp5"), vision, language)
     assert result["exp3"]["vision_tokens"] == [576 * (k + 1) for k in range(1, 9)]
     assert result["statistics"]["exp3"]["r_squared"] == pytest.approx(1)
     assert "not both results record their environment" in " ".join(result["statistics"]["notes"])

@@ -245,7 +245,7 @@ class TestExp5:
         kedro_run("exp5", out, chosen)
         after = [(hashlib.sha256(p.read_bytes()).digest(), p.stat().st_mtime_ns) for p in pointed]
         assert before == after
-        assert {p.name for p in out.iterdir()} == {"calibration", "exp5", "report"}
+        assert {p.name for p in out.iterdir()} == {"exp5", "report"}
         assert result(out, "exp5")["exp3"]["flops"] == result(root, "exp5")["exp3"]["flops"]
 
     def test_files_of_the_seed_itself_will_do(

@@ -328,6 +328,8 @@ class Session:
     def open(self, rows: list[dict[str, Any]]) -> None:
         """Make the meter and warm up for these requests."""
         start = time.perf_counter()
+        # An image that is missing or broken has no size: its request fails when it is run.
+        rows = [row for row in rows if row["image_width"] is not None]
         if hasattr(self.vlm, "meter"):
             self._meter = self.vlm.meter()
         else:
@@ -336,7 +338,8 @@ class Session:
             engine = self.vlm.options.engine
             length = None if engine == "eager" else self._cache_length(rows)
             self._meter = make_meter(self.vlm, self.options.method or "timeline", engine, length)
-        self._warm_up(rows)
+        if rows:
+            self._warm_up(rows)
         self.log.warmup_s = time.perf_counter() - start
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_latency.models.components import Components, Parameters
 from vlm_latency.models.requests import Prepared, TokenCounts
+from vlm_latency.models.zoo import NULL
 from vlm_latency.molmo.tiling import image_token_counts
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class NullArchitecture:
     """Molmo's image geometry around no parameters at all; as `Architecture`."""
 
-    name = model_type = "null"
+    name = NULL
+    model_type = "null"
     hub_id = None
     config: dict[str, Any] = {}  # noqa: RUF012
     tiling: dict[str, Any] = {  # noqa: RUF012

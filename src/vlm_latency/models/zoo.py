@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlm_latency.options import ModelOptions
 
 _FILE = Path(__file__).with_name("zoo.yml")
-NULL = "null"  # the model that takes no time; see null.py
+NULL = "null-model"  # the model that takes no time; see null.py
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Zoo:
         near = difflib.get_close_matches(name, self.models, n=1, cutoff=0.5)
         raise ModelError(
             f"no model is called {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
+            + (f"; did you mean {near[0]!r}?" if near else ".")
             + f" Known: {', '.join(sorted(self.models))}. A hub id (owner/name) or a local folder "
             "with a config.json will do as well"
         )

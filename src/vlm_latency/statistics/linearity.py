@@ -190,7 +190,7 @@ def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.
     spread = max(float(((y - y.mean()) ** 2).sum()), floor)
     fits = {name: _rss(design, y, floor) for name, design in designs.items()}
     points = _break_points(x, y, codes, kinds, line.slope.value or 0.0, level=level)
-    r_squared = {name: 1 - rss / spread for name, (rss, _) in fits.items()}
+    r_squared = {name: 1 - rss / spread if spread else 1.0 for name, (rss, _) in fits.items()}
     rss, rank = fits["line with steps"]
     if kinds.size < 2 or n <= rank + 2:
         note = f"{n} points on {kinds.size} steps; needs two steps and {rank + 3} points"

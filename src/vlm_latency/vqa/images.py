@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -162,9 +163,9 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # decoders raise all sorts: OSError, SyntaxError, struct.error, …
         name = f" {source.name}" if isinstance(source, Path) else ""
-        raise DataError(
-            f"image{name} cannot be decoded: {error or type(error).__name__}"
-        ) from error
+        # Pillow names the buffer by its address, which would make every failure another one.
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or type(error).__name__
+        raise DataError(f"image{name} cannot be decoded: {reason}") from error
 
 
 @contextmanager

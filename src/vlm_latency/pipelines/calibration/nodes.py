@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vlm_latency.models.zoo import NULL
 from vlm_latency.options import ExperimentOptions, Options
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def measure_ceilings(
         ``flops_per_s``, ``bytes_per_s`` and ``launch_overhead_us`` with their intervals, and what
         they were measured on; empty for the null model, which runs on nothing.
     """
-    if model.options.name == "null":
+    if model.options.name == NULL:
         return {}
     from vlm_latency.instrument.calibration import ceilings
 

@@ -23,7 +23,6 @@ def predict(
     model: Model,
     vision: dict[str, Any],
     language: dict[str, Any],
-    ceilings: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Predict the latency of a workload without running the model.
 
@@ -32,9 +31,8 @@ def predict(
     model
         Any of the zoo; only its architecture is read.
     vision, language
-        Results of exp3 and exp4, on which the predictor is calibrated.
-    ceilings
-        What the machine that measured them can do at most.
+        Results of exp3 and exp4, on which the predictor is calibrated; they say what the machine
+        that measured them can do at most.
 
     Returns
     -------
@@ -54,10 +52,11 @@ def predict(
 
     settings = Options.from_parameters(parameters)
     asked = settings.predict
+    ceilings = vision.get("ceilings")
     if not ceilings:
         raise DataError(
-            "no calibration/ceilings.json under output_dir; run 'kedro run --pipeline phase2' there "
-            "first: it measures the machine's ceilings and the sweeps that predict learns from"
+            "the result of exp3 does not say what its machine can do at most; predict needs results "
+            "that 'kedro run --pipeline phase2' made"
         )
     image = _size(asked.image)
     entries = pd.concat(

@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 nodes.predict,
-                inputs=["parameters", "model", "vision", "language", "ceilings_so_far"],
+                inputs=["parameters", "model", "vision", "language"],
                 outputs=["result", "tables", "figure_predict"],
                 name="predict",
             )
@@ -24,7 +24,6 @@ def create_pipeline() -> Pipeline:
             "model": "model",
             "vision": "exp5.vision",
             "language": "exp5.language",
-            "ceilings_so_far": "ceilings_so_far",
         },
         tags="predict",
     )

@@ -10,30 +10,42 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
+from vlm_latency.records import (
+    COMPONENTS,
+    COST_PARTS,
+    INPUT_COLUMNS,
+    SCHEMA_VERSION,
+    TIME_COLUMNS,
+)
 
 if TYPE_CHECKING:
     from vlm_latency.plots.style import FigureContext
     from vlm_latency.statistics import Estimate
 
-# What belongs to a run and means nothing of a request.
-_OF_A_RUN = {
-    "experiment",
-    "run_index",
-    "order_index",
-    "block_index",
-    "started_at",
-    "fingerprint",
-    "worker",
-    "status",
-    "error",
-    "first_of_shape",
-    "throttle_reasons",
-    "outlier",
-    "outlier_cause",
-    "decode_step_ms",
-    "seed",
-}
+# What an entry holds beside its times and counts; everything else is in the records.
+_ENTRY_TEXTS = ("grid", "resolution", "pair", "generated_text", "image_id", "question_id")
+_ENTRY_NUMBERS = (
+    *INPUT_COLUMNS,
+    *TIME_COLUMNS,
+    "kv_cache_bytes",
+    "peak_memory_bytes",
+    *(f"flops_{part}" for part in COST_PARTS),
+)
+# What exp5 and predict learn from, of each part and in total.
+COSTS = tuple(
+    f"{kind}_{part}{suffix}"
+    for part in COST_PARTS
+    for kind, suffix in (
+        ("flops", "_analytic"),
+        ("flops", "_counted"),
+        ("flops", "_rule"),
+        ("bytes", ""),
+        ("launches", ""),
+        ("roofline_ms", ""),
+        ("mfu", ""),
+        ("mbu", ""),
+    )
+)
 MEANS = ("T_preprocess", "T_total", "T_first_token", "T_vision_total", *COMPONENTS)
 
 
@@ -42,25 +54,35 @@ def succeeded(records: pd.DataFrame) -> pd.DataFrame:
     return records[records["status"] == "ok"].reset_index(drop=True)
 
 
-def entries(records: pd.DataFrame, requests: pd.DataFrame) -> pd.DataFrame:
+def entries(
+    records: pd.DataFrame, requests: pd.DataFrame, further: Sequence[str] = ()
+) -> pd.DataFrame:
     """Average the runs of each request, as the seed's files have it.
+
+    Parameters
+    ----------
+    further
+        Columns to average beside times, counts and FLOPs.
 
     Returns
     -------
     DataFrame
         One row per request that succeeded at least once, indexed by ``request_id`` in the order
         of the requests; numbers are means over the runs, texts are the first run's; what was not
-        measured is missing.
+        measured is missing, a time that was measured in no run at all is left out if it is ours.
     """
-    shown = succeeded(records).drop(columns=_OF_A_RUN & set(records.columns))
+    shown = succeeded(records)
     groups = shown.groupby("request_id")
-    numbers = [name for name in shown.select_dtypes("number").columns if not name.endswith("_id")]
-    texts = [name for name in shown.columns if name not in {*numbers, "request_id"}]
+    kept = [name for name in dict.fromkeys((*_ENTRY_NUMBERS, *further)) if name in shown]
+    numbers = [name for name in kept if pd.api.types.is_numeric_dtype(shown[name])]
+    ours = {name for name in numbers if name.endswith("_host") or name.startswith("raw_")}
+    numbers = [name for name in numbers if name not in ours or shown[name].notna().any()]
     means = groups[numbers].mean().astype("Float64")
     for name in numbers:  # a count is the same in every run, and stays a whole number
         whole = means[name].round()
         if shown[name].dtype.kind in "iu" and (means[name] == whole).fillna(True).all():
             means[name] = whole.astype("Int64")
+    texts = [name for name in (*_ENTRY_TEXTS, "output_length") if name in shown]
     table = groups[texts].first().join(means).assign(num_runs=groups.size())
     return table.reindex([name for name in requests["request_id"] if name in table.index])
 

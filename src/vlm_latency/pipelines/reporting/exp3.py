@@ -22,6 +22,7 @@ def report(
     requests: pd.DataFrame,
     coverage: dict[str, Any],
     environment: dict[str, Any],
+    ceilings: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Report on vision tokens.
 
@@ -74,9 +75,10 @@ def report(
         st.vision_sublinear_claim(exponent.exponent if exponent else None),
         st.prefill_grows_claim(st.Estimate(**slope) if slope else None),
     ]
-    table = common.entries(records, requests)
+    table = common.entries(records, requests, common.COSTS)
     result = {
         "results": common.entry_dicts(table),
+        "ceilings": ceilings,
         **common.frame(options, environment, coverage, found, claims),
     }
     return result, {"grids": _grids(table), "slopes": common.slopes_table(lines)}, figure

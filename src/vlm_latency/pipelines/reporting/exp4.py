@@ -26,6 +26,7 @@ def report(
     requests: pd.DataFrame,
     coverage: dict[str, Any],
     environment: dict[str, Any],
+    ceilings: dict[str, Any],
     model: Model,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Report on output tokens.
@@ -73,10 +74,11 @@ def report(
         rows, found, common.context(options, environment, coverage), Style.of(options.figures)
     )
     claims = [st.language_linear_claim(exponent.exponent if exponent else None, growth)]
-    table = common.entries(records, requests)
+    table = common.entries(records, requests, common.COSTS)
     result = {
         "results": common.entry_dicts(table, {"query_id": "question_id"}),
         "use_eos_token": options.sampling.use_eos_token,
+        "ceilings": ceilings,
         **common.frame(options, environment, coverage, found, claims),
     }
     lengths = pd.DataFrame(

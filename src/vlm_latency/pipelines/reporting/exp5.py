@@ -30,16 +30,14 @@ def report(
     options: ExperimentOptions,
     vision: dict[str, Any],
     language: dict[str, Any],
-    ceilings: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Report on FLOPs and latency, from the results of exp3 and exp4.
 
     Parameters
     ----------
     vision, language
-        The results of exp3 and exp4, ours or the seed's.
-    ceilings
-        What this machine can do, for the roofline.
+        The results of exp3 and exp4, ours or the seed's. Ours say what the machine that measured
+        them can do at most, which the roofline needs.
 
     Returns
     -------
@@ -64,6 +62,7 @@ def report(
         for name, suffix in SUFFIXES.items()
         if f"flops_total{suffix}" in points
     }
+    ceilings = vision.get("ceilings") or language.get("ceilings") or {}
     held_out, points = _held_out(points, environment, ceilings, notes)
     found: dict[str, Any] = {
         **_association(points, "flops_total", notes),
@@ -267,7 +266,7 @@ def _held_out(
         notes.append("held-out errors need the token counts of every entry: left out")
         return {}, points
     if not ceilings:
-        notes.append("held-out errors need the machine's ceilings: left out")
+        notes.append("the results do not say what their machine can do at most: no roofline")
         return {}, points
     dtype = environment["model"].get("dtype") or ceilings["dtype"]
     looked_at = predictors(points, Hardware.from_ceilings(ceilings), dtype)

@@ -8,9 +8,9 @@ from vlm_latency.pipelines.reporting import nodes
 EVIDENCE = {
     "exp1": ["records", "requests", "coverage", "environment"],
     "exp2": ["records", "requests", "coverage", "environment", "model"],
-    "exp3": ["records", "requests", "coverage", "environment"],
-    "exp4": ["records", "requests", "coverage", "environment", "model"],
-    "exp5": ["vision", "language", "ceilings"],
+    "exp3": ["records", "requests", "coverage", "environment", "ceilings"],
+    "exp4": ["records", "requests", "coverage", "environment", "ceilings", "model"],
+    "exp5": ["vision", "language"],
 }
 # The figures of each experiment, under the seed study's names.
 FIGURES = {
