@@ -117,3 +117,11 @@ def test_an_earlier_result_and_a_new_one_contradict_each_other(name: str, output
     refuse_contradictions(options, {"exp5.result"})
     with pytest.raises(MeasurementError, match=rf"exp5\.{name} names an earlier result"):
         refuse_contradictions(options, {output, "exp5.result"})
+
+
+def test_one_length_for_all_questions_must_fit_too(tmp_path: Path) -> None:
+    asked = {"measurement": {"output_length": str(2**31)}}
+    (told,) = refusals(
+        tmp_path, experiments=["exp1"], exp1={"sampling": {"num_samples": 2}, **asked}
+    )
+    assert told.startswith(f"exp1.measurement.output_length: {2**31} new tokens need up to")

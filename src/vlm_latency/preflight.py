@@ -75,7 +75,7 @@ def check(
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         for name in experiments:
             settled = options.experiment(name, handle.weights)
-            if name == "exp4":
+            if name != "exp3":  # one token behind the prompt always fits
                 attempt(_fits_positions, settled, handle)
             attempt(_drawable, settled, questions, handle)
             lines.append(_line(settled, handle))
@@ -120,10 +120,13 @@ def _fits_positions(options: ExperimentOptions, handle: Any) -> None:
     long = too_long(options, handle)
     if not long or options.sampling.on_too_long == "drop":
         return
+    name, mend = f"{options.experiment}.measurement.output_length", "ask for fewer"
+    if options.experiment == "exp4":
+        name = "exp4.sampling.max_new_tokens_list"
+        mend = "leave them out, or set exp4.sampling.on_too_long=drop"
     raise ModelError(
-        f"exp4.sampling.max_new_tokens_list: {', '.join(map(str, sorted(long)))} new tokens need up "
-        f"to {max(long.values())} positions, and {handle.architecture.name} has "
-        f"{handle.architecture.max_positions}; leave them out, or set exp4.sampling.on_too_long=drop"
+        f"{name}: {', '.join(map(str, sorted(long)))} new tokens need up to {max(long.values())} "
+        f"positions, and {handle.architecture.name} has {handle.architecture.max_positions}; {mend}"
     )
 
 

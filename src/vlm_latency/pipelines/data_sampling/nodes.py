@@ -50,7 +50,7 @@ def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -
 
 
 def too_long(options: ExperimentOptions, model: Model) -> dict[int, int]:
-    """Find the output lengths of exp4 that do not fit behind the longest prompt it may make.
+    """Find the output lengths that do not fit behind the longest prompt the experiment may make.
 
     Returns
     -------
@@ -60,6 +60,10 @@ def too_long(options: ExperimentOptions, model: Model) -> dict[int, int]:
     positions = model.architecture.max_positions
     prompt = _longest_prompt(options, model)
     lengths = options.sampling.max_new_tokens_list or ()
+    if options.experiment != "exp4":
+        asked = str(options.measurement.output_length)
+        longest = {"natural": options.measurement.max_new_tokens, "answer": 0, "none": 1}
+        lengths = (longest[asked] if asked in longest else int(asked),)
     return {n: prompt + n for n in lengths if positions and prompt + n > positions}
 
 
@@ -67,7 +71,7 @@ _TEXT_ALLOWANCE = 64  # tokens of question and template; VQA v2's longest questi
 
 
 def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
-    """Tokens of exp4's prompt: exact in its image where the tiling is fixed, else the largest."""
+    """Tokens of the prompt: exact in its image where the tiling is fixed, else the largest."""
     from vlm_latency.molmo.tiling import image_size_for_tiling
 
     architecture = model.architecture
@@ -79,7 +83,7 @@ def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
         sizes = [(640, 480), (480, 640), (640, 640), (2800, 448)]
     images = (architecture.image_tokens(*size) for size in sizes)
     most = max(image.num_vision_tokens + image.num_image_special_tokens for image in images)
-    return most + _TEXT_ALLOWANCE
+    return most + _TEXT_ALLOWANCE + len(options.prompt.template) // 2
 
 
 def _sampling(options: ExperimentOptions) -> Sampling:
