@@ -84,6 +84,7 @@ def test_exp2_shares_are_those_of_the_formula(architecture: Any) -> None:
     assert result["statistics"]["shares"]["T_vision_encoder"]["value"] == pytest.approx(share)
     assert result["average_latencies"]["T_total"] == pytest.approx(records["T_total"].mean())
     assert result["parameters"]["params_projector"] == 20
+    assert not {"image_id", "question_id", "example_id"} & set(result["average_latencies"])
     assert [claim["verdict"] for claim in result["claims"]] == ["contradicted"]
     assert pie.axes
     assert bars.axes
