@@ -12,8 +12,10 @@ def test_every_row_has_peaks_and_a_source() -> None:
     table = hardware_table()
     assert set(table["device"]) == {
         "H100",
+        "H100 PCIe",
         "H200",
         "A100",
+        "A100 40GB",
         "L4",
         "L40S",
         "RTX 4090",
@@ -31,7 +33,9 @@ def test_every_row_has_peaks_and_a_source() -> None:
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
@@ -45,7 +49,7 @@ def test_devices_are_known_by_their_full_name(full_name: str, row: str) -> None:
 
 def test_unknown_devices() -> None:
     assert known_device("x86_64") is None
-    with pytest.raises(UserError, match="expected one of H100, H200"):
+    with pytest.raises(UserError, match="expected one of H100, H100 PCIe, H200"):
         hardware("x86_64")
 
 

@@ -42,6 +42,9 @@ def test_the_record_says_on_what_and_how() -> None:
     assert found["seeds"] == {"model": 0, "measurement": 0, "dataset": 3}
     assert found["dataset"] == DATASET
     assert "float32, sdpa, eager" in found["line"]
+    assert found["model"]["float32_attention"] is True  # as the reference, though nobody asked
+    assert record({"float32_attention": False})["model"]["float32_attention"] is False
+    assert record({"name": "tiny-llava"})["model"]["float32_attention"] is None
     assert len(found["code"]["sha256"]) == 16
 
 

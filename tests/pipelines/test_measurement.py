@@ -133,6 +133,8 @@ def test_other_conditions_begin_another_journal_and_the_log_says_so(
     assert len(second) == 24
     told = f"{old.name} was measured under other conditions (prompt_template: vqa2: {{question}} → "
     assert told in log.text
+    measured(model__seed=1)
+    assert f"{old.name} was measured under other conditions (model.seed: 0 → 1)" in log.text
     back, _ = measured()  # and going back finds what was measured then
     pd.testing.assert_frame_equal(first, back)
 

@@ -142,7 +142,7 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
         "device": str(resolve_device(options)),
         "dtype": dtype_name(options),
         "attn_implementation": options.attn_implementation,
-        "float32_attention": options.float32_attention,
+        "float32_attention": architecture.config.get("float32_attention"),  # Molmo only
         "engine": options.engine,
         "cache": "dynamic" if options.engine == "eager" else "static",
         "max_crops": options.max_crops,

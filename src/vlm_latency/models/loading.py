@@ -129,7 +129,12 @@ class VLM:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of output tokens, without special ones."""
-        return str(self.preparer.tokenizer.decode(token_ids, skip_special_tokens=True))
+        text = self.preparer.tokenizer.decode(
+            token_ids,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # meant for WordPiece; byte pairs keep their spaces
+        )
+        return str(text)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself."""

@@ -234,7 +234,11 @@ def pretrained_preparer(
             backend = {} if is_torchvision_available() else {"backend": "pil"}
             processor = cls.from_pretrained(path, **backend, **where)
     except (OSError, ImportError, ValueError) as error:
-        raise ModelError(f"the processor of {path} does not load: {error}") from None
+        raise ModelError(
+            f"the processor of {path} does not load; expected the files of its tokenizer "
+            "(tokenizer.json) and image processor (preprocessor_config.json) beside config.json: "
+            f"{' '.join(str(error).split())}"
+        ) from None
     return wrap_processor(processor, config, family)
 
 

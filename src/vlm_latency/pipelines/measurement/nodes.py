@@ -179,6 +179,15 @@ def _planned(requests: pd.DataFrame, order: pd.DataFrame) -> pd.DataFrame:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name what differs between two sets of conditions."""
-    names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{key}: {old.get(key)} → {new.get(key)}" for key in names[:4]) or "none named"
+    """Name what differs between two sets of conditions, such as ``model.seed``."""
+    before, after = _flat(old), _flat(new)
+    names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    told = [f"{key}: {before.get(key)} → {after.get(key)}" for key in names[:4]]
+    return ", ".join(told) or "none named"
+
+
+def _flat(conditions: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in conditions.items():
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
