@@ -46,9 +46,19 @@ def test_iso_pairs_are_those_of_all_pairs(points: list[tuple[int, int]], tol: fl
     assert found.n_pairs == len(ratios)
     if ratios:
         assert found.max_ratio == pytest.approx(max(ratios))
-        assert found.median_ratio == pytest.approx(np.median(ratios))
+        assert found.median_ratio.value == pytest.approx(np.median(ratios))
         fast, slow = found.max_pair
         assert y[slow] / y[fast] == pytest.approx(found.max_ratio)
+
+
+def test_the_median_of_iso_pairs_has_an_interval_over_points() -> None:
+    y = np.random.default_rng(0).uniform(1, 3, size=40)
+    found = iso_pairs(np.ones(40), y).median_ratio
+    assert 1 < found.low < found.value < found.high < 3
+    # 780 pairs of 40 points are not 780 observations
+    assert found.high - found.low > 0.1
+    assert iso_pairs([1, 1], [1, 2]).median_ratio.low is None
+    assert iso_pairs([1, 2], [1, 2]).median_ratio.value is None
 
 
 def test_iso_pairs_wants_latencies() -> None:

@@ -114,14 +114,22 @@ class IsoPairs(Result):
     """Pairs of equal x and what their y differ by; see `iso_pairs`."""
 
     n_pairs: int
-    median_ratio: float | None
+    median_ratio: Estimate
     max_ratio: float | None
     max_pair: tuple[int, int] | None
     tolerance: float
     n: int
 
 
-def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
+def iso_pairs(
+    x: ArrayLike,
+    y: ArrayLike,
+    tolerance: float = 0.02,
+    *,
+    level: float = 0.95,
+    resamples: int = 300,
+    seed: int = 0,
+) -> IsoPairs:
     """Find pairs of (nearly) equal `x`, such as FLOPs, and how far apart their `y` are.
 
     Parameters
@@ -136,7 +144,8 @@ def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
     -------
     IsoPairs
         Ratios are of the larger y to the smaller, so at least 1; `max_pair` holds the positions
-        of the most distant pair, the slower one second.
+        of the most distant pair, the slower one second. The interval of the median is a
+        percentile bootstrap over points: pairs that share one are not independent.
 
     Raises
     ------
@@ -145,8 +154,9 @@ def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
 
     Examples
     --------
-    >>> iso_pairs([100, 101, 200, 300], [10.0, 15.0, 20.0, 30.0])
-    IsoPairs(n_pairs=1, median_ratio=1.5, max_ratio=1.5, max_pair=(0, 1), tolerance=0.02, n=4)
+    >>> found = iso_pairs([100, 101, 200, 300], [10.0, 15.0, 20.0, 30.0])
+    >>> found.n_pairs, found.median_ratio.value, found.max_pair
+    (1, 1.5, (0, 1))
     """
     x, y = as_pairs(("x", "y"), x, y, positive=True)
     order = np.argsort(x, kind="stable")
@@ -158,7 +168,8 @@ def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
             f"{total} pairs of equal x; expected shapes: average the runs of each first"
         )
     if not total:
-        return IsoPairs(0, None, None, None, tolerance, x.size)
+        none = Estimate(None, None, None, level, x.size, "none", "no two points have equal x")
+        return IsoPairs(0, none, None, None, tolerance, x.size)
     first = np.repeat(np.arange(x.size), partners)
     second = first + 1 + np.arange(total) - np.repeat(np.cumsum(partners) - partners, partners)
     ratios = y[order][second] / y[order][first]
@@ -167,12 +178,40 @@ def iso_pairs(x: ArrayLike, y: ArrayLike, tolerance: float = 0.02) -> IsoPairs:
     pair = (int(order[first[widest]]), int(order[second[widest]]))
     return IsoPairs(
         total,
-        float(np.median(size)),
+        _resampled_median(size, first, second, x.size, level, resamples, seed),
         float(size[widest]),
         pair if ratios[widest] >= 1 else pair[::-1],
         tolerance,
         x.size,
     )
+
+
+def _resampled_median(
+    values: Floats,
+    first: NDArray[np.intp],
+    second: NDArray[np.intp],
+    n: int,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    """Median of what pairs of n points have; a pair counts as often as both its points are drawn."""
+    median = float(np.median(values))
+    points = np.unique([first, second]).size
+    if points < 3:
+        note = f"an interval needs pairs of at least 3 points, found {points}"
+        return Estimate(median, None, None, level, n, "none", note)
+    order = np.argsort(values, kind="stable")
+    first, second, values = first[order], second[order], values[order]
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(resamples):
+        times = np.bincount(rng.integers(n, size=n), minlength=n)
+        weight = np.cumsum(times[first] * times[second])
+        if weight[-1]:
+            draws.append(values[np.searchsorted(weight, weight[-1] / 2)])
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(median, float(low), float(high), level, n, "percentile bootstrap")
 
 
 def _spread(values: Floats) -> float:
