@@ -7,6 +7,7 @@ import errno
 import inspect
 import io
 import json
+import re
 import os
 import stat
 from pathlib import Path
@@ -148,6 +149,14 @@ class TestPreviews:
         assert preview["columns"] == ["name", "value"]
         assert preview["data"][:2] == [["a", 1.5], ["b", None]]
         assert len(preview["data"]) == 20
+
+    def test_of_a_folder_of_tables_is_all_of_them(self, tmp_path: Path) -> None:
+        dataset = TableFolder(filepath=str(tmp_path / "tables"))
+        dataset.save({"times": TABLE, "sizes": TABLE})
+        assert self.kind(dataset) == "HTMLPreview"
+        headings = re.findall("<h3>(.*?)</h3>", dataset.preview())
+        assert headings == ["sizes", "times"]
+        assert dataset.preview().count("<td>1.5</td>") == 2
 
     def test_of_a_figure_is_its_png(self, tmp_path: Path) -> None:
         dataset = FigureFile(filepath=str(tmp_path / "figure.png"), dpi=100)

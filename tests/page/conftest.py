@@ -37,13 +37,29 @@ def folder(tmp_path):
             "T_total": constant.to_dict(),
             "outliers": {"marked": 2, "of": 8, "causes": {"first of shape": 2}},
         },
-        "coverage": {"planned": 8, "measured": 8, "failed": 0, "missing": 0, "partial": False},
+        "coverage": {
+            "planned": 8,
+            "measured": 8,
+            "failed": 0,
+            "missing": 0,
+            "partial": False,
+            "sessions": [
+                {"wall_s": 5.0, "warmup_s": 2.0, "measured_s": 2.0, "preprocess_s": 0.4},
+                {"wall_s": 3.0, "warmup_s": 0.0, "measured_s": 2.0, "preprocess_s": 0.4},
+            ],
+        },
         "claims": [st.tail_claim(constant.tail_ratio).to_dict()],
     }
     exp3 = {
         "options": options.experiment("exp3").model_dump(mode="json"),
         "statistics": {
             "fits": {"T_total": {"slope": slope}},
+            "linearity": {
+                "verdict": "not a line",
+                "p_value": 0.001,
+                "n": 12,
+                "method": "F test for lack of fit (2, 8)",
+            },
             "notes": ["line of T_projector: nothing to fit"],
         },
         "coverage": {

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_latency.options import Options
 from vlm_latency.page import build_page, collect_results
+from vlm_latency.page.collect import Study
 from vlm_latency.statistics import compare_paired
 
 
@@ -74,6 +75,7 @@ def test_what_was_not_run_is_named_with_its_command(page):
 def test_marks_coverage_failures_outliers_and_notes(page):
     text = Reader(page).text
     assert "synthetic requests random weights exp3 has failed runs" in text
+    assert "exp1 8 8 0 0 25 % 1.25 2 (first of shape: 2)" in text  # 2 of 8 s; 6 s for 4.8 s
     assert "exp3 12 11 1 0" in text and "1 × out of memory" in text
     assert "2 (first of shape: 2)" in text
     assert "line of T_projector: nothing to fit" in text
@@ -81,6 +83,10 @@ def test_marks_coverage_failures_outliers_and_notes(page):
 
 def test_numbers_come_with_interval_and_method(page):
     text = Reader(page).text
+    assert (
+        "T_total over vision tokens not a line F test for lack of fit (2, 8); p = 0.001; n = 12"
+        in text
+    )
     assert "median of T_total (P50) 12 ms [12, 12] order statistics; n = 8" in text
     assert "the upper bound of P99 needs n >= 368 (found 8)" in text
     assert "instrumented / bare generate() 1.0020 [0.9980, 1.0060] t; n = 40" in text
@@ -141,6 +147,33 @@ def test_environment_tells_what_differs(page):
     )
     assert "hardware.cpu Made-up CPU" in text
     assert "at commit 0123abc" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("exp4", {"protocol": "seed", "exp4": {"sampling": {"max_new_tokens_list": [4, 8]}}}),
+        ("exp5", {"measurement": {"num_runs": 3}, "exp5": {"flops": {"counted": False}}}),
+        ("calibration", {"measurement": {"warmup_runs": 1}, "calibration": {"delays_ms": [5, 20]}}),
+        ("predict", {"predict": {"keep": [1, 0.5], "hardware": "H100"}}),
+        ("compare", {"compare": {"runs": ["a", "b", "c"], "fail_if_slower": 5}}),
+    ],
+)
+def test_every_study_has_a_command_that_is_accepted_and_repeats_it(name, settings):
+    asked = Options.from_parameters(settings)
+    if name in {"predict", "compare"}:
+        options = {name: getattr(asked, name).model_dump(mode="json")}
+    else:
+        options = asked.experiment(name).model_dump(mode="json")
+    if name == "calibration":
+        options["calibration"] = asked.calibration.model_dump(mode="json")
+    page = build_page({name: Study(name, {"options": options})})
+    command = html.unescape(re.findall(r"<pre><code>(.*?)</code></pre>", page)[0])
+    words = shlex.split(command)
+    given = _split_params(None, None, words[5])
+    repeated = Options.from_parameters(given)
+    assert getattr(repeated, name) == getattr(asked, name)
+    assert repeated.protocol == asked.protocol
 
 
 @pytest.mark.parametrize("name", ["exp1", "exp3"])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,6 +90,18 @@ def test_files_of_the_seeds_scripts_are_compared_too(tmp_path: Path) -> None:
         (folder / f"{FILES['exp3']}.json").write_text(json.dumps({"results": entries}))
     result = compare(tmp_path / "one", tmp_path / "two")
     assert result["verdicts"] == {"two: exp3": "SLOWER"}
+
+
+def test_an_experiment_that_nothing_of_matches_is_named_and_the_others_are_compared(
+    tmp_path: Path,
+) -> None:
+    before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b")
+    path = after / "exp3" / "exp3_records.parquet"
+    records = pd.read_parquet(path)
+    records.assign(request_id="other-" + records["request_id"], num_crops=99).to_parquet(path)
+    result = compare(before, after)
+    assert result["verdicts"] == {"b: exp1": "SAME"}
+    assert "requests match by num_crops" in result["not_compared"]["b: exp3"]
 
 
 def test_runs_without_a_common_experiment_are_refused(tmp_path: Path) -> None:

@@ -73,6 +73,14 @@ class TableFolder(AbstractDataset[Mapping[str, pd.DataFrame], NoReturn]):
                 with replacing(self._folder / f"{name}{suffix}") as temporary:
                     temporary.write_text(text, encoding="utf-8")
 
+    def preview(self) -> HTMLPreview:
+        """Show all tables in Kedro-Viz."""
+        found = [
+            f"<h3>{path.stem}</h3>{pd.read_csv(path).to_html(index=False, na_rep='')}"
+            for path in sorted(self._folder.glob("*.csv"))
+        ]
+        return HTMLPreview("".join(found))
+
     def _exists(self) -> bool:
         return self._folder.is_dir()
 

@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 
 from vlm_latency import __version__
-from vlm_latency.options import EXPERIMENTS, PRESETS, Options
+from vlm_latency.options import PRESETS, Options
 from vlm_latency.page.collect import RESULTS, Study
 from vlm_latency.plots.notation import interval, number
 
@@ -78,7 +78,8 @@ ABOUT = {
             Fact("encoder per crop, told apart", ("encoder_per_crop",), "ms"),
             Fact("prefill per vision token, told apart", ("prefill_per_token",), "µs", 1000),
             Fact("exponent of T_total (1 is linear)", ("exponent",)),
-            Fact("straight line?", ("linearity", "verdict")),
+            Fact("T_total over vision tokens", ("linearity",)),
+            Fact("T_vision_total over vision tokens", ("staircase",)),
         ),
     ),
     "exp4": About(
@@ -252,6 +253,7 @@ def _comparisons(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _notes(result: Mapping[str, Any]) -> list[str]:
     """Gather what a study says in sentences."""
     notes = list((result.get("statistics") or {}).get("notes") or [])
+    notes += [f"{name}: {why}" for name, why in (result.get("not_compared") or {}).items()]
     if isinstance(result.get("verdict"), list):
         notes += result["verdict"]
     for run, differing in (result.get("environment_differences") or {}).items():
@@ -273,12 +275,14 @@ def _follow(tree: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(tree, Mapping):
             return None
         tree = tree.get(key)
-    if isinstance(tree, Mapping) and tree.get("value") is None:
+    if isinstance(tree, Mapping) and tree.get("value", tree.get("verdict")) is None:
         return None
     return tree
 
 
 def _written(value: Any, unit: str = "", scale: float = 1.0) -> str:
+    if isinstance(value, Mapping) and "value" not in value:  # a test, not an estimate
+        return str(value["verdict"])
     if isinstance(value, Mapping):
         return interval(value, unit, scale)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -292,7 +296,9 @@ def _note(value: Any) -> str:
         return ""
     method = value.get("method")
     size = f"n = {value['n']:,}" if value.get("n") else ""
-    return "; ".join(filter(None, ("" if method == "none" else method, size, value.get("note"))))
+    p = f"p = {number(value['p_value'])}" if value.get("p_value") is not None else ""
+    said = ("" if method == "none" else method, p, size, value.get("note"))
+    return "; ".join(filter(None, said))
 
 
 def _numbers(numbers: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
@@ -360,16 +366,24 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
 
     A value with a comma cannot stand on Kedro's command line; it is named in a comment.
     """
-    if name not in EXPERIMENTS or options.get("protocol") not in PRESETS:
+    protocol = options.get("protocol", "exact")
+    if protocol not in PRESETS:
         return f"kedro run --pipeline {name}"
-    defaults = Options(protocol=options["protocol"]).experiment(name).model_dump(mode="json")
+    asked = Options(protocol=protocol)
+    defaults = _flat(asked.model_dump(mode="json"))
+    if "experiment" in options:
+        defaults |= _flat(asked.experiment(name).model_dump(mode="json"))
+    defaults["protocol"] = Options().protocol
+    own, shared = set(type(getattr(asked, name)).model_fields), set(Options.model_fields)
     given: list[str] = []
     left: list[str] = []
     for path, value in _flat(options).items():
-        if path in {"experiment", "output_dir"} or value in (None, _flat(defaults).get(path)):
+        group = path.partition(".")[0]
+        if path == "output_dir" or value in (None, defaults.get(path)):
             continue
-        own = path.split(".")[0] in {"sampling", "measurement", "flops"}
-        key = f"{name}.{path}" if own else path
+        if group not in own | shared:  # such as the sampling of what draws no sample
+            continue
+        key = f"{name}.{path}" if group in own else path
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         (left if "," in text else given).append(f"{key}={text}")
     command = f"kedro run --pipeline {name}"
@@ -388,11 +402,25 @@ def _coverage(found: Mapping[str, Study]) -> list[dict[str, Any]]:
                 {
                     "study": study.name,
                     **counts,
+                    "harness": _harness(coverage.get("sessions") or []),
                     "failures": list((coverage.get("failures") or {}).items()),
                     "outliers": _outliers(study),
                 }
             )
     return rows
+
+
+def _harness(sessions: list[Mapping[str, Any]]) -> tuple[str, str]:
+    """Tell what share of the wall time warmed up, and what the rest was worth."""
+    wall, warmup, measured, preprocess = (
+        sum(session.get(f"{part}_s") or 0 for session in sessions)
+        for part in ("wall", "warmup", "measured", "preprocess")
+    )
+    useful = measured + preprocess
+    return (
+        f"{number(100 * warmup / wall)} %" if wall else "",
+        number((wall - warmup) / useful) if useful else "",
+    )
 
 
 def _outliers(study: Study) -> str:

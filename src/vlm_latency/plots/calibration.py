@@ -23,6 +23,7 @@ from vlm_latency.plots.style import (
     jitter,
     nothing,
     panels,
+    readable_log,
     small,
     whiskers,
 )
@@ -100,10 +101,7 @@ def _recovered(axes: Axes, injections: pd.DataFrame) -> None:
     axes.plot(limits, limits, color="black", linewidth=0.8, label="as injected")
     if min(injected.min(), recovered.min()) > 0:
         axes.set(xscale="log", yscale="log")
-        levels = np.unique([float(f"{delay:.2g}") for delay in injected])
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(levels.tolist(), [f"{level:g}" for level in levels])
-            axis.set_ticks([], minor=True)
+        readable_log(axes.xaxis, axes.yaxis)
     axes.set(xlabel="injected (ms)", ylabel="recovered (ms)")
     axes.legend(loc="upper left")
     return None

@@ -237,7 +237,7 @@ def _variance(axes: Axes, budget: Mapping[str, Any] | None) -> None:
     headline(axes, SOURCES.get((budget or {}).get("verdict", ""), "Where the spread comes from"))
     shares = {k: v for k, v in (budget or {}).get("shares", {}).items() if np.isfinite(ends(v)[0])}
     if not shares:
-        return nothing(axes, "no spread explained")
+        return nothing(axes, textwrap.fill((budget or {}).get("sentence", "not analysed"), 30))
     for i, (name, share) in enumerate(shares.items()):
         value = 100 * ends(share)[0]
         colour = ALARM if name in {"noise", "unexplained"} else COLOURS["T_vision_encoder"]

@@ -24,6 +24,7 @@ from vlm_latency.plots.style import (
     nothing,
     panels,
     point_style,
+    readable_log,
     small,
     whiskers,
 )
@@ -220,5 +221,6 @@ def _predicted(axes: Axes, points: pd.DataFrame) -> None:
     axes.plot(limits, limits, color="black", linewidth=0.8, label="as measured")
     axes.fill_between(limits, 0.9 * limits, 1.1 * limits, color="black", alpha=0.1, label="± 10 %")
     axes.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)")
+    readable_log(axes.xaxis, axes.yaxis)
     axes.legend(loc="upper left")
     return None

@@ -17,8 +17,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
 from vlm_latency.options import FigureOptions
@@ -292,6 +294,14 @@ def nothing(axes: Axes, why: str = "not measured") -> None:
     """Say in an empty panel why it is empty."""
     axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_axis_off()
+
+
+def readable_log(*drawn: Axis) -> None:
+    """Label logarithmic axes at 1, 2 and 5 times powers of ten, without exponents."""
+    for axis in drawn:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_locator(NullLocator())
 
 
 def whiskers(statistic: Statistic, scale: float = 1.0) -> NDArray[np.float64]:

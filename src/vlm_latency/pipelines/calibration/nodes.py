@@ -98,4 +98,6 @@ def calibrate(
         Style.of(options.figures),
     )
     coverage = {"sessions": [], "requests": len(requests)}
-    return {**common.frame(options, about, coverage, found.pop("statistics"), []), **found}, figure
+    result = {**common.frame(options, about, coverage, found.pop("statistics"), []), **found}
+    result["options"]["calibration"] = asked.model_dump(mode="json")
+    return result, figure

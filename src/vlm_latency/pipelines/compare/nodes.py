@@ -27,26 +27,32 @@ def compare_runs(
     Returns
     -------
     result, tables, figure
-        Verdicts per experiment and component, what differs between the environments, and a
-        forest plot of the ratios.
+        Verdicts per experiment and component, what differs between the environments, what could
+        not be compared and why, and a forest plot of the ratios.
 
     Raises
     ------
     DataError
-        When two runs share no experiment, or no request and no shape.
+        When two runs share no experiment, or none of theirs a request or a shape.
     """
     from vlm_latency.plots.comparison import ratios
     from vlm_latency.plots.style import FigureContext, Style
 
     options = Options.from_parameters(parameters)
     baseline, *candidates = _named_apart(runs)
-    comparisons = {
-        f"{run.name}: {name}": _compare(baseline, run, name, options.compare.margin)
-        for run in candidates
-        for name in _shared(baseline, run)
-    }
+    comparisons, not_compared = {}, {}
+    for run in candidates:
+        for name in _shared(baseline, run):
+            try:
+                found = _compare(baseline, run, name, options.compare.margin)
+            except DataError as error:  # such as the grids of a model that has no tiles
+                not_compared[f"{run.name}: {name}"] = str(error)
+            else:
+                comparisons[f"{run.name}: {name}"] = found
+    if not comparisons:
+        raise DataError("\n".join(f"{name}: {why}" for name, why in not_compared.items()))
     differences = {run.name: environment_differences(baseline, run) for run in candidates}
-    found = {name: comparison.to_dict() for name, comparison in comparisons.items()}
+    verdicts = {name: comparison.to_dict() for name, comparison in comparisons.items()}
     marks = tuple(
         f"{name}: another {', '.join(differing)}"
         for name, differing in differences.items()
@@ -62,11 +68,13 @@ def compare_runs(
         "baseline": baseline.name,
         "runs": [run.name for run in candidates],
         "margin": options.compare.margin,
-        "comparisons": found,
+        "options": {"compare": options.compare.model_dump(mode="json")},
+        "comparisons": verdicts,
+        "not_compared": not_compared,
         "environment_differences": differences,
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
-    figure = ratios(found, baseline.name, options.compare.margin, context, style)
+    figure = ratios(verdicts, baseline.name, options.compare.margin, context, style)
     return result, {"compare": _table(comparisons)}, figure
 
 

@@ -1,6 +1,5 @@
 """The effective options of one experiment, settled before anything else."""
 
-from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 from kedro.pipeline import Pipeline, node
@@ -11,16 +10,20 @@ if TYPE_CHECKING:
     from vlm_latency.datasets.inputs import Model
 
 
-def settle_options(
-    experiment: str, parameters: dict[str, Any], model: "Model"
-) -> ExperimentOptions:
-    """Settle what the protocol, the shared groups and the experiment's overrides leave open."""
-    return Options.from_parameters(parameters).experiment(experiment, model.weights)
-
-
 def create_pipeline(experiment: str) -> Pipeline:
     """Settle the options of one experiment."""
-    settle = update_wrapper(partial(settle_options, experiment), settle_options)
+
+    def settle_options(parameters: dict[str, Any], model: "Model") -> ExperimentOptions:
+        """Settle what the protocol, the shared groups and the experiment's overrides leave open."""
+        return Options.from_parameters(parameters).experiment(experiment, model.weights)
+
     return Pipeline(
-        [node(settle, inputs=["parameters", "model"], outputs="options", name="settle_options")]
+        [
+            node(
+                settle_options,
+                inputs=["parameters", "model"],
+                outputs="options",
+                name="settle_options",
+            )
+        ]
     )

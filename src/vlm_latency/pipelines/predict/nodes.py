@@ -110,7 +110,7 @@ def predict(
     }
     context = FigureContext(
         environment_line=(vision.get("environment") or {}).get("line", "environment not recorded"),
-        marks=tuple(notes),
+        marks=(*calibration_marks(vision), *notes),
         model=str(model.options.name),
     )
     figure = predicted_latency(
@@ -136,8 +136,24 @@ def predict(
         "grid": grid.to_dict("records"),
         "pruning": pruning.to_dict("records"),
         "environment": vision.get("environment"),
+        "options": {
+            "model": settings.model.model_dump(mode="json"),
+            "predict": asked.model_dump(mode="json"),
+        },
     }
     return result, {"grid": grid, "pruning": pruning}, figure
+
+
+def calibration_marks(result: dict[str, Any]) -> list[str]:
+    """Say what is to be known of the runs that the predictor was calibrated on."""
+    environment = result.get("environment") or {}
+    coverage = result.get("coverage") or {}
+    found = {
+        "synthetic requests": (environment.get("dataset") or {}).get("synthetic"),
+        "random weights": (environment.get("model") or {}).get("weights") == "random",
+        "partial": coverage.get("partial"),
+    }
+    return [mark for mark, true in found.items() if true]
 
 
 def _size(text: str) -> tuple[int, int]:
