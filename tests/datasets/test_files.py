@@ -7,8 +7,8 @@ import errno
 import inspect
 import io
 import json
-import re
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any

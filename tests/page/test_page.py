@@ -110,6 +110,7 @@ def test_a_comparison_tells_verdict_ratio_and_what_differs(folder):
     assert re.search(
         r"new: exp1 SLOWER, T_total × 1\.\d+ \[.*?\] 4 requests matched; differences", text
     )
+    assert "4 pairs; intervals hold from 20: repeat more" in text
     assert "new differs in software.torch: 2.12 → 2.13" in text
     assert "Delays come back within 1 %." in text
 

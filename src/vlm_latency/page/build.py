@@ -245,6 +245,7 @@ def _comparisons(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if total.get("smallest_visible") is not None:
             visible = number(100 * total["smallest_visible"])
             note.append(f"differences under {visible} % could not have been seen")
+        note += [total["note"]] if total.get("note") else []
         note += comparison.get("notes") or []
         facts.append((name, f"{comparison.get('verdict') or 'UNDECIDED'}{ratio}", "; ".join(note)))
     return facts
