@@ -134,7 +134,7 @@ class SamplingOptions(Group):
     max_new_tokens_list: Lengths | None = None
     tiling: Tiling | None = None  # "2x3": one prompt size for every image; "none": as they are
     on_too_long: Literal["refuse", "drop"] = "refuse"
-    use_eos_token: bool = False
+    use_eos_token: bool = False  # may stop before the length; false: exactly so many tokens
 
 
 class MeasurementOptions(Group):
@@ -203,6 +203,7 @@ class CalibrationOptions(Group):
     method_requests: Annotated[int, Field(ge=1)] = 12
     output_tokens: Annotated[int, Field(ge=2)] = 8
     tiling: Tiling = "1x1"
+    proof_seconds: Annotated[float, Field(gt=0)] = 45.0  # each: a slow model gets fewer pairs
     ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
 
 

@@ -126,6 +126,18 @@ def test_false_alarms_come_from_blocks_of_their_own() -> None:
     assert (found["blocks"], found["runs"], found["n_comparisons"]) == (1, 8, 30)
 
 
+def test_the_time_of_a_proof_is_bounded(llava: Any) -> None:
+    vlm, prepared = llava
+    meter, generator = make_meter(vlm), np.random.default_rng(0)
+
+    def pairs(seconds: float) -> int:
+        found = calibration.overhead(meter, prepared, 2, 9, generator, seconds)
+        return int(found["overhead"]["n_pairs"])
+
+    assert pairs(0) == 6  # the fewest of which the interval has two ends
+    assert pairs(600) == 9
+
+
 def test_below_zero_counts_signed_values_and_closure_the_clamped() -> None:
     seed = {
         "T_vision_total": 10.0, "T_vision_encoder": 12.0, "T_projector": 0.0, "T_LLM_prefill": 3.0,

@@ -45,7 +45,6 @@ TOLERANCE_SHARE, TOLERANCE_MS = 0.01, 0.2  # of an injected delay; the larger on
 INJECTION_TOKENS = 3
 TRIES = 3  # of a pair that was interrupted
 AA_TOKENS = 8  # length of the text-only prompt of the A/A comparisons
-PROOF_SECONDS = 45.0  # a slow model gets fewer pairs, and the verdict says how many
 FEWEST_PAIRS = 6  # from which on the interval of a median has two ends
 WARMUP_RUNS = 30
 TARGET_OVERHEAD = {True: 1.05, False: 1.01}  # of requests shorter and longer than LONG_MS
@@ -96,6 +95,7 @@ def calibrate(
             "nothing to calibrate"
         )
     generator = np.random.default_rng(seed)
+    seconds = options.proof_seconds
     found: dict[str, Any] = {"seconds": {}, "runs": {}}
 
     def prove(name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -115,11 +115,15 @@ def calibrate(
         warm = prove("warmup", lambda: warmup(lambda: run(options.output_tokens)))
         cost = prove(
             "overhead",
-            lambda: overhead(meter, prepared, options.output_tokens, options.pairs, generator),
+            lambda: overhead(
+                meter, prepared, options.output_tokens, options.pairs, generator, seconds
+            ),
         )
         truth = prove(
             "known_truth",
-            lambda: known_truth(vlm, run, options.delays_ms, options.injections, generator),
+            lambda: known_truth(
+                vlm, run, options.delays_ms, options.injections, generator, seconds
+            ),
         )
         alarms = prove(
             "a_a",
@@ -128,11 +132,14 @@ def calibrate(
                 options.aa_comparisons,
                 options.aa_pairs,
                 generator,
+                seconds,
             ),
         )
         compared = prove(
             "methods",
-            lambda: methods(vlm, requests[: options.method_requests], fetch, template, generator),
+            lambda: methods(
+                vlm, requests[: options.method_requests], fetch, template, generator, seconds
+            ),
         )
     if known_ceilings is None:
         known_ceilings = prove(
@@ -172,7 +179,12 @@ def warmup(run: Callable[[], Reading]) -> dict[str, Any]:
 
 
 def overhead(
-    meter: Meter, prepared: Any, tokens: int, pairs: int, generator: np.random.Generator
+    meter: Meter,
+    prepared: Any,
+    tokens: int,
+    pairs: int,
+    generator: np.random.Generator,
+    seconds: float,
 ) -> dict[str, Any]:
     """Compare instrumented with bare ``generate()``, and bare with bare, interleaved.
 
@@ -184,7 +196,7 @@ def overhead(
     """
     times: dict[str, list[float]] = {"instrumented": [], "bare": [], "again": []}
     other = []
-    for _ in _rounds(pairs, FEWEST_PAIRS):
+    for _ in _rounds(pairs, FEWEST_PAIRS, seconds):
         for kind in generator.permutation(list(times)):
             if kind == "instrumented":
                 reading = _run(meter, prepared, tokens)
@@ -208,6 +220,7 @@ def known_truth(
     delays_ms: Sequence[float],
     injections: int,
     generator: np.random.Generator,
+    seconds: float,
 ) -> dict[str, Any]:
     """Inject delays into each component and see how much every component grew.
 
@@ -240,7 +253,7 @@ def known_truth(
         contextlib.closing(NoiseProbe()) as noise,
     ):
         run(INJECTION_TOKENS)
-        for _ in _rounds(injections, 2):
+        for _ in _rounds(injections, 2, seconds):
             for index in generator.permutation(len(cases)):
                 component, milliseconds = cases[index]
                 for _ in range(TRIES):
@@ -336,7 +349,7 @@ def false_alarms(
     comparisons: int,
     pairs: int,
     generator: np.random.Generator,
-    seconds: float = PROOF_SECONDS,
+    seconds: float,
 ) -> dict[str, Any]:
     """Compare a configuration with itself many times, through the project's own comparison.
 
@@ -374,6 +387,7 @@ def methods(
     fetch: Fetch,
     template: str,
     generator: np.random.Generator,
+    seconds: float,
 ) -> dict[str, Any]:
     """Measure the same requests by every method and by bare ``generate()``, in random order.
 
@@ -391,7 +405,7 @@ def methods(
     wall: dict[str, list[float]] = {name: [] for name in (*METERS, "bare")}
     table = requests.astype(object).where(requests.notna(), None)
     rows = table.to_dict("records")
-    for position in _rounds(len(rows), 1):
+    for position in _rounds(len(rows), 1, seconds):
         row = rows[position]
         request = {str(name): value for name, value in row.items()}
         prepared = _prepared(vlm, fetch(request), template, request["question"])
@@ -566,12 +580,17 @@ def _warmup_verdict(warm: Mapping[str, Any]) -> str:
     return f"warm after {warm['runs']} runs"
 
 
-def _rounds(count: int, at_least: int, seconds: float = PROOF_SECONDS) -> Iterator[int]:
+def _rounds(count: int, at_least: int, seconds: float) -> Iterator[int]:
     """So many rounds, fewer where the time is up; never fewer than so many."""
     end = time.perf_counter() + seconds
     for index in range(count):
         if index >= at_least and time.perf_counter() > end:
-            log.info("calibration: %d of %d rounds after %.0f s", index, count, seconds)
+            log.info(
+                "calibration: %d of %d rounds after %.0f s (calibration.proof_seconds)",
+                index,
+                count,
+                seconds,
+            )
             return
         yield index
 
