@@ -213,6 +213,11 @@ def test_an_unknown_node(run: Callable[..., Result]) -> None:
     assert "exp1.nowhere" in message(run("--pipeline", "exp1", "--to-nodes", "exp1.nowhere"))
 
 
+def test_a_part_of_a_pipeline_without_its_inputs(run: Callable[..., Result]) -> None:
+    told = message(run("--pipeline", "exp1", "--from-nodes", "exp1.measurement.collect"))
+    assert "exp1.environment" in told
+
+
 def test_a_traceback_on_request(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from vlm_latency.datasets import EarlierResult, ModelDataset, VQADataset
 from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.options import Options
 from vlm_latency.preflight import check, refuse_contradictions
+from vlm_latency.vqa import Sampling, open_source, sweep_language_requests
 
 ALL = ["exp1", "exp2", "exp3", "exp4"]
 SIZES = {
@@ -106,7 +107,22 @@ def test_lengths_that_do_not_fit_can_be_dropped(tmp_path: Path) -> None:
     (told,) = refusals(tmp_path, experiments=["exp4"], exp4={"sampling": sampling})
     assert f"{2**31} new tokens" in told
     dropping = {"sampling": {**sampling, "on_too_long": "drop"}}
-    assert len(checked(tmp_path, ["exp4"], exp4=dropping)) == 1
+    (line,) = checked(tmp_path, ["exp4"], exp4=dropping)
+    assert "2 images × 1 lengths" in line
+    none = {"sampling": {**dropping["sampling"], "max_new_tokens_list": [2**31]}}
+    (told,) = refusals(tmp_path, experiments=["exp4"], exp4=none)
+    assert f"none of the output lengths ({2**31}) fits" in told
+
+
+def test_a_table_made_before_is_checked_as_it_is(tmp_path: Path) -> None:
+    table = sweep_language_requests(open_source(size=4), Sampling(3), [8, 2**31])
+    table.to_parquet(tmp_path / "requests.parquet")
+    given = {"sampling": {**SIZES["exp4"]["sampling"], "requests": f"{tmp_path}/requests.parquet"}}
+    (told,) = refusals(tmp_path, experiments=["exp4"], exp4=given)
+    assert f"{2**31} new tokens" in told
+    given["sampling"]["on_too_long"] = "drop"
+    (line,) = checked(tmp_path, ["exp4"], exp4=given)
+    assert "3 images × 1 lengths" in line
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vlm_latency.errors import UserError
 KEDRO_REFUSALS = (
     "Failed to find the pipeline",
     "Pipeline does not contain",
+    "Pipeline input(s)",
     "Given configuration path either does not exist",
     "module 'kedro.runner' has no attribute",
 )

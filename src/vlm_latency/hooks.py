@@ -65,6 +65,8 @@ class ProjectHooks:
             },
         ):
             log.info(line)
+        if "exp5.result" in pipeline.all_outputs():
+            log.info("exp5: FLOPs against latency, from the results of exp3 and exp4")
 
     @hook_impl
     def before_node_run(self, is_async: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from kedro.io import DatasetError
 
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
@@ -77,8 +78,9 @@ def check(
             settled = options.experiment(name, handle.weights)
             if name != "exp3":  # one token behind the prompt always fits
                 attempt(_fits_positions, settled, handle)
-            attempt(_drawable, settled, questions, handle)
-            lines.append(_line(settled, handle))
+            requests = attempt(_drawable, settled, questions, handle)
+            if requests is not None:
+                lines.append(_line(settled, handle, requests))
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return lines
@@ -130,23 +132,24 @@ def _fits_positions(options: ExperimentOptions, handle: Any) -> None:
     )
 
 
-def _drawable(options: ExperimentOptions, questions: Any, handle: Any) -> None:
+def _drawable(options: ExperimentOptions, questions: Any, handle: Any) -> pd.DataFrame:
     """Draw the requests as the experiment will, but open no image."""
     from vlm_latency.pipelines.data_sampling.nodes import draw_requests
 
-    draw_requests(options, replace(questions.load(), root=None, fetch=None), handle)
+    return draw_requests(options, replace(questions.load(), root=None, fetch=None), handle)
 
 
-def _line(options: ExperimentOptions, handle: Any) -> str:
-    sampling, measurement = options.sampling, options.measurement
+def _line(options: ExperimentOptions, handle: Any, requests: pd.DataFrame) -> str:
+    measurement, rules, grids = options.measurement, requests["output_length"], requests["grid"]
+    sweep = f"grids {grids.iloc[0]} … {grids.iloc[-1]}" if grids.notna().all() else "image sizes"
     what = {
-        "exp1": f"{sampling.num_samples} questions",
-        "exp2": f"{sampling.num_samples} questions",
-        "exp3": f"grids 1×1 … 1×{sampling.max_grid_size}",
-        "exp4": f"{sampling.num_samples} images × {len(sampling.max_new_tokens_list or ())} lengths",
+        "exp1": f"{len(requests)} questions",
+        "exp2": f"{len(requests)} questions",
+        "exp3": f"{len(requests)} {sweep}",
+        "exp4": f"{len(requests) // rules.nunique()} images × {rules.nunique()} lengths",
     }[options.experiment]
     times = f" × {measurement.num_runs} runs" if measurement.num_runs > 1 else ""
-    length = f", output length {measurement.output_length}" if options.experiment < "exp3" else ""
+    length = f", output length {'/'.join(rules.unique())}" if options.experiment < "exp3" else ""
     return (
         f"{options.experiment}: {what}{times} on {handle.architecture.name} "
         f"({handle.weights} weights, {handle.device}, {handle.dtype}), "

@@ -39,7 +39,7 @@ REQUEST_COLUMNS: dict[str, str] = {
     "grid": "string",
     "resolution": "string",
     "pair": "string",  # requests with equal crops and different tokens share a name
-    "output_length": "string",  # natural | answer | none | a number
+    "output_length": "string",  # natural | answer | none | a number | ≤ and a number: or until EOS
     "seed": "Int64",
     "request_sha256": "string",  # of what is asked: image, texts, rule of the output's length
 }

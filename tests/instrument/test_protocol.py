@@ -370,7 +370,13 @@ def test_plateau(times: list[float], at_least: int, warm: bool) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
-    [("none", (1, False)), ("12", (12, False)), ("natural", (16, True)), ("answer", (3, False))],
+    [
+        ("none", (1, False)),
+        ("12", (12, False)),
+        ("≤12", (12, True)),
+        ("natural", (16, True)),
+        ("answer", (3, False)),
+    ],
 )
 def test_output_rules(rule: str, expected: tuple[int, bool]) -> None:
     request = {"output_length": rule, "answer": "a red car"}

@@ -149,8 +149,10 @@ def test_pretrained_weights_of_a_tiny_twin_do_not_exist():
 
 
 def test_folder_without_configuration(tmp_path):
-    with pytest.raises(ModelError, match="no usable configuration"):
+    with pytest.raises(ModelError, match="there is no folder"):
         describe(ModelOptions(name=str(tmp_path / "nothing")))
+    with pytest.raises(ModelError, match="no usable configuration"):
+        describe(ModelOptions(name=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def test_sizes_may_be_given_for_the_vision_sweep() -> None:
         draw("exp3", sizes="640")
 
 
+def test_the_end_of_sequence_may_stop_exp4() -> None:
+    asked = {"num_samples": 1, "max_new_tokens_list": [4, 8], "use_eos_token": True}
+    assert draw("exp4", **asked)["output_length"].tolist() == ["≤4", "≤8"]
+
+
 def test_exp4_needs_lengths() -> None:
     with pytest.raises(DataError, match="give lengths: '8 16 32'"):
         draw("exp4", num_samples=2, max_new_tokens_list=[])
@@ -87,6 +92,8 @@ def spoiled(table: pd.DataFrame, how: str) -> pd.DataFrame:
         return table.assign(image_width="wide")
     if how == "experiment":
         return table.assign(experiment=["exp1", "exp2"])
+    if how == "rule":
+        return table.assign(output_length="long")
     if how == "none":
         return table.assign(experiment=None)
     return table.head(0)
@@ -99,6 +106,7 @@ def spoiled(table: pd.DataFrame, how: str) -> pd.DataFrame:
         ("type", "not a table of requests: "),
         ("experiment", "holds requests of exp1, exp2; expected exp1"),
         ("none", "holds requests of no experiment; expected exp1"),
+        ("rule", "output_length 'long' is not a rule of exp1; expected natural, answer, none"),
         ("empty", "holds requests of none; expected exp1"),
     ],
 )

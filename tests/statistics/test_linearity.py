@@ -40,6 +40,9 @@ def test_made_up_latencies_without_noise() -> None:
     assert linearity_test(x, 2 * x).verdict == "line"
     assert linearity_test(x, x**2).verdict == "not a line"
     assert linearity_test(x, np.full(9, 7.0)).verdict == "line"
+    nothing = linearity_test(x, np.zeros(9))  # a component that a model lacks
+    assert (nothing.verdict, nothing.max_departure) == ("line", 0)
+    assert staircase(x, np.zeros(9), x).verdict == "line"
 
 
 @pytest.mark.parametrize("x", [[1, 1, 2, 2], [1, 2, 3, 4]])

@@ -70,6 +70,8 @@ def test_train_split(official: Any, tmp_path: Path) -> None:
         ({"source": "official", "path": "/no/such"}, "is not a folder; expected v2_OpenEnded"),
         ({"source": "ofical"}, "expected official, hub, folder or synthetic"),
         ({"split": "test"}, "expected validation"),
+        ({"path": "/data/vqa_v2"}, "dataset.path=/data/vqa_v2 is not read by .*=synthetic"),
+        ({"source": "hub", "path": "/data/hub"}, "dataset.hub_id for a folder of parquet"),
     ],
 )
 def test_wrong_options(kwargs: dict[str, Any], message: str) -> None:

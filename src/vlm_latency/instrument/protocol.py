@@ -509,7 +509,7 @@ def output_rule(
     tuple
         How many tokens, and whether the end-of-sequence token may stop earlier: ``none`` is one
         token (prefill only), ``answer`` the length of the ground-truth answer, ``natural`` up to
-        ``measurement.max_new_tokens``, a number exactly that.
+        ``measurement.max_new_tokens``, a number exactly that, ``≤`` and a number at most that.
 
     Raises
     ------
@@ -521,6 +521,8 @@ def output_rule(
         return 1, False
     if rule == "natural":
         return options.max_new_tokens, True
+    if rule.startswith("≤"):
+        return int(rule[1:]), True
     if rule != "answer":
         return int(rule), False
     answer = request.get("answer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
@@ -380,6 +381,8 @@ def _make_config(name: str, values: Mapping[str, Any]) -> PreTrainedConfig:
 def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
     from transformers import AutoConfig, PreTrainedConfig
 
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ModelError(f"model.name: there is no folder {path}; expected one with a config.json")
     where = {"revision": options.revision}
     try:
         # Molmo is ours, even where remote code is trusted.

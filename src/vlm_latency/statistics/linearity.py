@@ -78,7 +78,8 @@ def linearity_test(
     levels, n = counts.size, x.size
     at_levels = np.bincount(codes, weights=fitted) / counts
     with np.errstate(divide="ignore", invalid="ignore"):
-        departure = float(np.nanmax(np.abs(means / at_levels)))
+        relative = np.abs(means / at_levels)
+    departure = float(np.nan_to_num(relative, nan=0.0, posinf=np.inf).max())  # 0 / 0: on the line
 
     def result(
         p: float | None, statistic: float | None, method: str, note: str = ""
@@ -186,7 +187,7 @@ def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.
         "staircase": stairs,
         "line with steps": np.column_stack([stairs, scaled]),
     }
-    floor = (EXACT * max(float(np.abs(y).max()), 1e-300)) ** 2 * n
+    floor = (EXACT * max(float(np.abs(y).max()), 1e-100)) ** 2 * n
     spread = max(float(((y - y.mean()) ** 2).sum()), floor)
     fits = {name: _rss(design, y, floor) for name, design in designs.items()}
     points = _break_points(x, y, codes, kinds, line.slope.value or 0.0, level=level)

@@ -157,8 +157,11 @@ def sweep_language_requests(
     sampling: Sampling,
     lengths: Sequence[int],
     tiling: str | None = "2x3",
+    until_eos: bool = False,
 ) -> pd.DataFrame:
     """The same drawn images and questions at every output length (exp4).
+
+    Exactly so many tokens are forced; with ``until_eos`` the end-of-sequence token may stop earlier.
 
     With ``tiling`` (rows x columns) each image is brought to exactly that tiling's size, so that
     every prompt has the same number of vision tokens; None or ``none`` leaves them as they are.
@@ -192,7 +195,7 @@ def sweep_language_requests(
         pd.concat(
             requests.assign(
                 request_id=requests["request_id"] + f"-n{length}",
-                output_length=_output_length(length),
+                output_length=("≤" if until_eos else "") + _output_length(length),
             )
             for length in lengths
         )

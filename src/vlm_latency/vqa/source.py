@@ -123,6 +123,11 @@ def open_source(
     DataError
         When something is missing, malformed or contradictory; one sentence says what and where.
     """
+    if path is not None and source in ("synthetic", "hub"):
+        raise DataError(
+            f"dataset.path={path} is not read by dataset.source={source}; set dataset.source=official "
+            "or folder for it, dataset.hub_id for a folder of parquet files, or leave it out"
+        )
     split = "validation" if split == "val" else split
     if split not in ("validation", "train"):
         raise DataError(f"split {split!r} is not known; expected validation (or val) or train")

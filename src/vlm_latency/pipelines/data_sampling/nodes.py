@@ -27,7 +27,10 @@ def draw_requests(
     DataFrame
         Columns ``records.REQUEST_COLUMNS``, one row per request.
     """
-    return with_hashes(_draw(options, questions, model))
+    requests = _draw(options, questions, model)
+    if options.experiment == "exp4":
+        requests = _fitting(requests, too_long(options, model), model)
+    return with_hashes(requests)
 
 
 def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -> pd.DataFrame:
@@ -41,10 +44,12 @@ def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -
         return _vision_sweep(options, model)
     drawing = _sampling(options)
     if options.experiment == "exp4":
-        if not sampling.max_new_tokens_list:
+        lengths = sampling.max_new_tokens_list
+        if not lengths:
             raise DataError("exp4.sampling.max_new_tokens_list is empty; give lengths: '8 16 32'")
-        lengths = [n for n in sampling.max_new_tokens_list if n not in too_long(options, model)]
-        return vqa.sweep_language_requests(questions, drawing, lengths, sampling.tiling)
+        return vqa.sweep_language_requests(
+            questions, drawing, lengths, sampling.tiling, sampling.use_eos_token
+        )
     length = str(options.measurement.output_length)
     return vqa.draw_requests(questions, drawing, length, options.experiment)
 
@@ -59,12 +64,35 @@ def too_long(options: ExperimentOptions, model: Model) -> dict[int, int]:
     """
     positions = model.architecture.max_positions
     prompt = _longest_prompt(options, model)
-    lengths = options.sampling.max_new_tokens_list or ()
-    if options.experiment != "exp4":
-        asked = str(options.measurement.output_length)
-        longest = {"natural": options.measurement.max_new_tokens, "answer": 0, "none": 1}
-        lengths = (longest[asked] if asked in longest else int(asked),)
+    longest = {"natural": options.measurement.max_new_tokens, "answer": 0, "none": 1}
+    lengths = [longest[rule] if rule in longest else _number(rule) for rule in _rules(options)]
     return {n: prompt + n for n in lengths if positions and prompt + n > positions}
+
+
+def _rules(options: ExperimentOptions) -> list[str]:
+    """The rules of the output's length that the requests follow."""
+    sampling = options.sampling
+    if sampling.requests is not None:
+        table = _read_requests(Path(sampling.requests), options.experiment)
+        return [str(rule) for rule in table["output_length"].unique()]
+    if options.experiment == "exp4":
+        return [str(n) for n in sampling.max_new_tokens_list or ()]
+    return [str(options.measurement.output_length)]
+
+
+def _number(rule: str) -> int:
+    return int(rule.removeprefix("≤"))
+
+
+def _fitting(requests: pd.DataFrame, long: dict[int, int], model: Model) -> pd.DataFrame:
+    """Leave the lengths out that do not fit the model."""
+    kept = requests[~requests["output_length"].map(_number).isin(long)].reset_index(drop=True)
+    if kept.empty:
+        raise DataError(
+            f"exp4: none of the output lengths ({', '.join(map(str, sorted(long)))}) fits the "
+            f"{model.architecture.max_positions} positions of {model.architecture.name}"
+        )
+    return kept
 
 
 _TEXT_ALLOWANCE = 64  # tokens of question and template; VQA v2's longest questions have about 30
@@ -76,7 +104,11 @@ def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
 
     architecture = model.architecture
     tiling = options.sampling.tiling
-    if tiling and tiling != "none":
+    if options.sampling.requests is not None:
+        table = _read_requests(Path(options.sampling.requests), options.experiment)
+        known = table[["image_width", "image_height"]].dropna().drop_duplicates()
+        sizes = [(int(width), int(height)) for width, height in known.to_numpy()] or [(640, 480)]
+    elif tiling and tiling != "none":
         rows, cols = (int(part) for part in re.split("[x×]", tiling))
         sizes = [image_size_for_tiling(rows, cols)]
     else:
@@ -146,4 +178,11 @@ def _read_requests(path: Path, experiment: str) -> pd.DataFrame:
         raise DataError(
             f"{path} holds requests of {', '.join(found) or 'none'}; expected {experiment}"
         )
+    numbers = "" if experiment == "exp4" else "natural|answer|none|"
+    for rule in table["output_length"].fillna("nothing").unique():
+        if not re.fullmatch(numbers + "≤?[1-9][0-9]*", rule):
+            raise DataError(
+                f"{path}: output_length {rule!r} is not a rule of {experiment}; expected "
+                f"{numbers.replace('|', ', ')}a number, or ≤ and a number"
+            )
     return table
