@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
@@ -23,6 +24,9 @@ def compare(*folders: Path, **options: Any) -> dict[str, Any]:
         {"compare": options}, [read_run(folder) for folder in folders]
     )
     assert len(tables["compare"])
+    made_up = any("schema_version" in data for data in read_run(folders[0]).results.values())
+    drawn = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert ("synthetic requests · random weights" in drawn) == made_up
     assert figure.axes
     return result
 
@@ -42,6 +46,7 @@ def test_a_slowdown_of_ten_percent_is_found(tmp_path: Path) -> None:
     ratio = result["comparisons"]["after: exp1"]["components"]["T_total"]["ratio"]
     assert ratio["low"] < 1.1 < ratio["high"]
     assert result["environment_differences"] == {"after": {}}
+    assert result["environment"]["line"] == "made up"
 
 
 @pytest.mark.parametrize(("limit", "fails"), [(5, True), (20, False), (None, False)])

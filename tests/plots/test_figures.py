@@ -343,6 +343,12 @@ class TestComparison:
         ]
         assert words(figure).count("SAME") == 6
 
+    def test_wide_intervals_get_a_logarithmic_axis(self, made, context):
+        wide = made.compared()
+        wide["components"]["T_total"]["ratio"] |= {"low": 0.1, "high": 40.0}
+        figure = comparison.ratios({"new": wide}, "old", 0.02, context, Style())
+        assert figure.axes[0].get_xscale() == "log"
+
     def test_many_candidates_are_counted_in_the_title(self, made, context):
         runs = {name: made.compared() for name in "abc"} | {"d": made.compared(1)}
         shown = words(comparison.ratios(runs, "old", 0.02, context, Style()))

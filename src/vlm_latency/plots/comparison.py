@@ -67,7 +67,9 @@ def ratios(
                 entry = result.get("components", {}).get(name)
                 if entry is None or not ends(entry["ratio"])[0] > 0:
                     continue
-                shown.append(ends(entry["ratio"])[0])
+                shown += [
+                    bound for bound in ends(entry["ratio"]) if bound is not None and bound > 0
+                ]
                 y = j + (i - (count - 1) / 2) * 0.7 / count
                 value = ends(entry["ratio"])[0]
                 colour = VERDICTS.get(entry["verdict"], MUTED)

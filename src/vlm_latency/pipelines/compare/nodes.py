@@ -8,6 +8,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.options import Options
+from vlm_latency.pipelines.reporting.common import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import Run
 
@@ -27,8 +28,8 @@ def compare_runs(
     Returns
     -------
     result, tables, figure
-        Verdicts per experiment and component, what differs between the environments, what could
-        not be compared and why, and a forest plot of the ratios.
+        Verdicts per experiment and component, the baseline's environment and what differs from it,
+        what could not be compared and why; and a forest plot of the ratios.
 
     Raises
     ------
@@ -53,18 +54,27 @@ def compare_runs(
         raise DataError("\n".join(f"{name}: {why}" for name, why in not_compared.items()))
     differences = {run.name: environment_differences(baseline, run) for run in candidates}
     verdicts = {name: comparison.to_dict() for name, comparison in comparisons.items()}
-    marks = tuple(
+    said = [mark for run in runs for result in run.results.values() for mark in marks(result)]
+    said += [
         f"{name}: another {', '.join(differing)}"
         for name, differing in differences.items()
         if differing
-    )
+    ]
+    recorded = [
+        result["environment"] for result in baseline.results.values() if "environment" in result
+    ]
+    about: dict[str, Any] = recorded[0] if recorded else {}
     context = FigureContext(
-        environment_line=f"baseline {baseline.name}: {_line(baseline)}", marks=marks, model=""
+        environment_line=f"baseline {baseline.name}: {about.get('line', 'environment not recorded')}",
+        marks=tuple(dict.fromkeys(said)),
+        model="",
     )
     style = Style.of(options.figures)
     result = {
         "schema_version": SCHEMA_VERSION,
         "experiment": "compare",
+        "model": about.get("model"),
+        "environment": about,
         "baseline": baseline.name,
         "runs": [run.name for run in candidates],
         "margin": options.compare.margin,
@@ -166,13 +176,6 @@ def _named_apart(runs: list[Run]) -> list[Run]:
         Run(f"{run.name} ({i + 1})", run.tables, run.results) if names.count(run.name) > 1 else run
         for i, run in enumerate(runs)
     ]
-
-
-def _line(run: Run) -> str:
-    for result in run.results.values():
-        if line := (result.get("environment") or {}).get("line"):
-            return str(line)
-    return "environment not recorded"
 
 
 def _table(comparisons: dict[str, TableComparison]) -> pd.DataFrame:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.errors import DataError, UserError
 from vlm_latency.options import Options
+from vlm_latency.pipelines.reporting.common import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import entry_table
 
@@ -63,8 +65,10 @@ def predict(
         [entry_table(vision, "exp3"), entry_table(language, "exp4")], ignore_index=True
     )
     measured_on = (vision.get("environment") or {}).get("model", {})
-    dtype = measured_on.get("dtype") or ceilings["dtype"]
-    predictor = calibrate_predictor(entries, Hardware.from_ceilings(ceilings), dtype)
+    measured_in = measured_on.get("dtype") or ceilings["dtype"]
+    predictor = calibrate_predictor(entries, Hardware.from_ceilings(ceilings), measured_in)
+    if settings.model.dtype != "auto":
+        predictor = replace(predictor, dtype=settings.model.dtype)
     if asked.hardware:
         predictor = predictor.on(hardware(asked.hardware))
     costs = CostModel(model.architecture)
@@ -93,6 +97,11 @@ def predict(
             f"calibrated on {measured_on['name']}, asked for {model.options.name}: the interval is "
             "that of the calibrated model"
         )
+    if predictor.dtype != measured_in:
+        notes.append(
+            f"calibrated in {measured_in}, asked for {predictor.dtype}: the interval is no guarantee "
+            "there"
+        )
     if predictor.calibrated_on:
         notes.append(
             f"calibrated on {predictor.calibrated_on}, scaled to the published peaks of "
@@ -103,6 +112,7 @@ def predict(
         "composition": {name: found[name] for name in COMPONENTS},
         "workload": words,
         "hardware": predictor.hardware.name,
+        "dtype": predictor.dtype,
         "held_out_median_error": predictor.median_error,
         "held_out_mape": predictor.mape,
         "num_shapes": predictor.num_shapes,
@@ -110,7 +120,7 @@ def predict(
     }
     context = FigureContext(
         environment_line=(vision.get("environment") or {}).get("line", "environment not recorded"),
-        marks=(*calibration_marks(vision), *notes),
+        marks=tuple(dict.fromkeys((*marks(vision), *marks(language), *notes))),
         model=str(model.options.name),
     )
     figure = predicted_latency(
@@ -142,18 +152,6 @@ def predict(
         },
     }
     return result, {"grid": grid, "pruning": pruning}, figure
-
-
-def calibration_marks(result: dict[str, Any]) -> list[str]:
-    """Say what is to be known of the runs that the predictor was calibrated on."""
-    environment = result.get("environment") or {}
-    coverage = result.get("coverage") or {}
-    found = {
-        "synthetic requests": (environment.get("dataset") or {}).get("synthetic"),
-        "random weights": (environment.get("model") or {}).get("weights") == "random",
-        "partial": coverage.get("partial"),
-    }
-    return [mark for mark, true in found.items() if true]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -130,22 +130,30 @@ def context(
     """Say in a figure's footer where its numbers come from, and what is to be known of them."""
     from vlm_latency.plots.style import FigureContext
 
-    marks = []
-    if environment["dataset"].get("synthetic"):
-        marks.append("synthetic requests")
-    if environment["model"].get("weights") == "random":
-        marks.append("random weights")
-    if coverage.get("partial"):
-        marks.append(f"partial: {coverage['measured']} of {coverage['planned']} runs")
-    if coverage.get("failed"):
-        marks.append(f"{coverage['failed']} runs failed")
-    if options.protocol != "exact":
-        marks.append(f"protocol: {options.protocol}")
     return FigureContext(
         environment_line=environment["line"],
-        marks=tuple(marks),
+        marks=marks(
+            {"environment": environment, "coverage": coverage, "protocol": options.protocol}
+        ),
         model=str(environment["model"]["name"]),
     )
+
+
+def marks(result: dict[str, Any]) -> tuple[str, ...]:
+    """Say what is to be known of a result's runs before one believes a number."""
+    environment, coverage = result.get("environment") or {}, result.get("coverage") or {}
+    found = []
+    if (environment.get("dataset") or {}).get("synthetic"):
+        found.append("synthetic requests")
+    if (environment.get("model") or {}).get("weights") == "random":
+        found.append("random weights")
+    if coverage.get("partial"):
+        found.append(f"partial: {coverage['measured']} of {coverage['planned']} runs")
+    if coverage.get("failed"):
+        found.append(f"{coverage['failed']} runs failed")
+    if result.get("protocol", "exact") != "exact":
+        found.append(f"protocol: {result['protocol']}")
+    return tuple(found)
 
 
 def unless_impossible(
