@@ -184,6 +184,8 @@ def test_position_limits():
 def test_options_of_one_family_are_refused_by_others():
     with pytest.raises(ModelError, match="float32_attention is for Molmo"):
         describe(ModelOptions(name="tiny-llava", float32_attention=True))
+    with pytest.raises(ModelError, match="revision=v2 names a version of published weights"):
+        describe(ModelOptions(name="tiny-llava", revision="v2"))
     with pytest.raises(ModelError, match="max_crops does not apply"):
         _ = describe(ModelOptions(name="tiny-llava", max_crops=4)).preparer
 

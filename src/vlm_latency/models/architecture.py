@@ -309,6 +309,11 @@ def describe(options: ModelOptions) -> Architecture:
         family = zoo.families.get(config.model_type, Family())
         overrides = {**family.components, **entry.components}
         processor_settings, image_settings = entry.processor_settings, entry.image_settings
+        if options.revision and weights_kind(options) == "random":
+            raise ModelError(
+                f"model.revision={options.revision} names a version of published weights, and "
+                f"{name} has random ones; leave it out, or use model.weights=pretrained"
+            )
         if weights_kind(options) == "pretrained":
             if hub_id is None:
                 raise ModelError(f"{name} has no published weights; use model.weights=random")
