@@ -81,6 +81,12 @@ def test_marks_coverage_failures_outliers_and_notes(page):
     assert "line of T_projector: nothing to fit" in text
 
 
+def test_another_method_of_measuring_is_marked():
+    result = {"environment": {"measurement": {"method": "hook"}}, "protocol": "exact"}
+    text = Reader(build_page({"exp3": Study("exp3", result)})).text
+    assert "exp3 by method=hook" in text
+
+
 def test_numbers_come_with_interval_and_method(page):
     text = Reader(page).text
     assert (

@@ -194,6 +194,9 @@ def _marks(found: Mapping[str, Study]) -> list[str]:
             marks[f"{study.name} has failed runs"] = None
         if result.get("protocol") == "seed":
             marks["protocol: seed"] = None
+        method = (environment.get("measurement") or {}).get("method", "timeline")
+        if method != "timeline":
+            marks[f"{study.name} by method={method}"] = None
         if study.result is not None and "schema_version" not in study.result:
             marks[f"{study.name} was not written by this project"] = None
     return list(marks)

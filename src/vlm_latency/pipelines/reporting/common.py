@@ -153,6 +153,9 @@ def marks(result: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"{coverage['failed']} runs failed")
     if result.get("protocol", "exact") != "exact":
         found.append(f"protocol: {result['protocol']}")
+    method = (environment.get("measurement") or {}).get("method", "timeline")
+    if method != "timeline":
+        found.append(f"method: {method}")
     return tuple(found)
 
 
