@@ -6,12 +6,14 @@ import io
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 from kedro.framework.cli.utils import _split_params
 from PIL import Image
 
-from vlm_latency.options import Options
+from vlm_latency.options import MEASURED, Options
 from vlm_latency.page import build_page, collect_results
 from vlm_latency.page.collect import Study
 from vlm_latency.statistics import compare_paired
@@ -181,6 +183,22 @@ def test_every_study_has_a_command_that_is_accepted_and_repeats_it(name, setting
     repeated = Options.from_parameters(given)
     assert getattr(repeated, name) == getattr(asked, name)
     assert repeated.protocol == asked.protocol
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_command_repeats_what_conf_base_says_otherwise(name):
+    """The library's own defaults, asked for on the command line of a project whose files differ."""
+    options = Options().experiment(name).model_dump(mode="json")
+    page = build_page({name: Study(name, {"options": options})})
+    command = html.unescape(re.findall(r"<pre><code>(.*?)</code></pre>", page)[0])
+    given = _split_params(None, None, shlex.split(command)[5])
+    base = {}
+    for file in (Path(__file__).parents[2] / "conf/base").glob("parameters_exp*.yml"):
+        base |= yaml.safe_load(file.read_text())
+    for group, settings in base[name].items():
+        for key in settings:
+            asked = options[group][key]
+            assert asked is None or str(given[name][group][key]) == str(asked)
 
 
 @pytest.mark.parametrize("name", ["exp1", "exp3"])

@@ -97,8 +97,8 @@ ABOUT = {
         "FLOPs",
         "Do FLOPs predict latency?",
         (
-            Fact("R², vision sweep", ("exp3", "r_squared")),
-            Fact("R², language sweep", ("exp4", "r_squared")),
+            Fact("R², vision sweep (affine in its tokens)", ("exp3", "r_squared")),
+            Fact("R², language sweep (affine in its tokens)", ("exp4", "r_squared")),
             Fact("R², both together", ("combined", "r_squared")),
             Fact("error of FLOPs alone, held out", ("held_out_error", "flops"), "%", 100),
             Fact("error of tokens", ("held_out_error", "tokens"), "%", 100),
@@ -138,6 +138,8 @@ ABOUT = {
     ),
 }
 COVERAGE = ("planned", "measured", "failed", "missing")
+# Where conf/base has another default than the library: a repeating command always says these.
+ALWAYS_SAID = {"sampling.seed", "measurement.num_runs"}
 
 
 def build_page(found: Mapping[str, Study]) -> str:
@@ -383,7 +385,9 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
     left: list[str] = []
     for path, value in _flat(options).items():
         group = path.partition(".")[0]
-        if path == "output_dir" or value in (None, defaults.get(path)):
+        if path == "output_dir" or value is None:
+            continue
+        if value == defaults.get(path) and not (group in own and path in ALWAYS_SAID):
             continue
         if group not in own | shared:  # such as the sampling of what draws no sample
             continue
