@@ -428,3 +428,24 @@ def test_one_cache_length_fits_every_run(engine: str) -> None:
     rows = table(3, output_length=["3", "200", "9"]).to_dict("records")
     assert session._cache_length(rows) == 320  # 16 + 2 + 3 + 200 tokens, to 64, and 64 more
     session.close()
+
+
+def test_a_command_that_goes_on_keeps_the_cache_length(monkeypatch: Any) -> None:
+    """Attention runs over the whole static cache: another length is another measurement."""
+    lengths = []
+
+    def make_meter(vlm: Any, method: str, engine: str, length: int) -> Any:
+        lengths.append(length)
+        return paper.meter()
+
+    monkeypatch.setattr("vlm_latency.instrument.methods.make_meter", make_meter)
+    paper = Paper()
+    paper.options = ModelOptions(name="paper", engine="static")
+    methods = {
+        name: getattr(paper, name) for name in ("prepare", "place", "decode", "count_tokens")
+    }
+    without_meter = SimpleNamespace(**vars(paper), **methods)
+    requests = table(3, output_length=["3", "200", "9"])
+    for done in (set(), {("r1", 0)}):
+        run(without_meter, requests, options(), done=done)
+    assert lengths == [320, 320]

@@ -120,7 +120,7 @@ def plan(requests: pd.DataFrame, measurement: MeasurementOptions) -> pd.DataFram
         raise DataError(f"request_id {twice!r} stands for two requests; expected unique ids")
     generator = np.random.default_rng(measurement.seed)
     count, runs = len(ids), measurement.num_runs
-    repeated = generator.permutation(count)[: measurement.noise_repeats]
+    repeated = generator.permutation(count)[: measurement.noise_repeats or 0]
     if measurement.order == "ascending":
         which = np.concatenate([np.repeat(np.arange(count), runs), repeated])
         run = np.concatenate([np.tile(np.arange(runs), count), np.full(len(repeated), runs)])
@@ -208,7 +208,7 @@ def measure(
     with undisturbed(vlm), contextlib.closing(session), bar:
         chunk: list[dict[str, Any]] = []
         try:
-            session.open([rows[run["request_id"]] for run in left])
+            session.open([rows[run["request_id"]] for run in left], list(rows.values()))
             flushed = time.perf_counter()
             for position, run in enumerate(left):
                 row = session.run(rows[run["request_id"]])
@@ -275,7 +275,7 @@ def interleave(
             stack.enter_context(undisturbed(vlm))
             session = Session(vlm, options, fetch, template, log)
             sessions.append(stack.enter_context(contextlib.closing(session)))
-            session.open(list(rows.values()))
+            session.open(list(rows.values()), list(rows.values()))
         stack.enter_context(bar)
         identities = [_identity(vlm, name) for name, vlm in vlms.items()]
         for position, run in enumerate(_records(planned)):
@@ -325,18 +325,23 @@ class Session:
         self._seen: set[Any] = set()
         self._image_tokens: dict[tuple[int, int], Any] = {}
 
-    def open(self, rows: list[dict[str, Any]]) -> None:
-        """Make the meter and warm up for these requests."""
+    def open(self, rows: list[dict[str, Any]], planned: list[dict[str, Any]]) -> None:
+        """Make the meter and warm up for these requests, of all that are planned.
+
+        The length of a static cache is that of all: a command that goes on measures as the first.
+        """
         start = time.perf_counter()
         # An image that is missing or broken has no size: its request fails when it is run.
-        rows = [row for row in rows if row["image_width"] is not None]
+        rows, planned = (
+            [row for row in some if row["image_width"] is not None] for some in (rows, planned)
+        )
         if hasattr(self.vlm, "meter"):
             self._meter = self.vlm.meter()
         else:
             from vlm_latency.instrument.methods import make_meter
 
             engine = self.vlm.options.engine
-            length = None if engine == "eager" else self._cache_length(rows)
+            length = None if engine == "eager" else self._cache_length(planned)
             self._meter = make_meter(self.vlm, self.options.method or "timeline", engine, length)
         if rows:
             self._warm_up(rows)
