@@ -94,6 +94,11 @@ def test_a_wrong_value_in_a_users_file_is_named(run: Callable[..., Result], tmp_
     )
 
 
+def test_a_text_that_wants_quotes(run: Callable[..., Result]) -> None:
+    told = message(run("--pipeline", "exp1", params=f"{NULL},prompt.template=Q: {{question}} A:"))
+    assert "wants quotes" in told
+
+
 def test_an_unknown_model_brings_the_known_names(run: Callable[..., Result]) -> None:
     told = message(run("--pipeline", "exp1", params="model.name=tiny-mlmo"))
     assert "'tiny-mlmo'" in told
@@ -107,6 +112,17 @@ def test_a_gpu_that_is_not_there(run: Callable[..., Result]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert "model.device=cuda" in message(run("--pipeline", "exp1", params="model.device=cuda"))
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_the_measurement(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    wrong = "model.name=tiny-llava,model.attn_implementation=wrong"
+    assert "attn_implementation=wrong" in message(run("--pipeline", "exp3", params=wrong))
+    assert not (tmp_path / "out" / "calibration").exists()
+    assert "expected auto, cpu, cuda or cuda:N" in message(
+        run("--pipeline", "exp3", params="model.name=tiny-llava,model.device=mps")
+    )
 
 
 def test_exp5_without_inputs_names_the_commands_that_make_them(

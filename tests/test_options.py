@@ -97,6 +97,18 @@ def test_nothing_is_left_undecided() -> None:
             assert settled.figures.vision_axis
 
 
+def test_only_our_exp1_keeps_questions_apart_and_repeats_some() -> None:
+    given = {name: {"sampling": {"num_samples": 80}} for name in ("exp1", "exp2")}
+    exact = Options.from_parameters(given)
+    settled = exact.experiment("exp1")
+    assert settled.sampling.one_question_per_image is True
+    assert settled.measurement.noise_repeats == 16
+    seed = Options.from_parameters({**given, "protocol": "seed"})
+    for other in (exact.experiment("exp2"), seed.experiment("exp1")):
+        assert other.sampling.one_question_per_image is False
+        assert other.measurement.noise_repeats == 0
+
+
 def test_random_weights_write_answers_of_the_true_length() -> None:
     options = Options.from_parameters({})
     assert options.experiment("exp1", "random").measurement.output_length == "answer"

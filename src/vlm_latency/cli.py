@@ -10,6 +10,7 @@ from traceback import clear_frames
 from typing import Any
 
 import click
+import yaml
 from kedro.framework.cli.project import run as kedro_run
 
 from vlm_latency.errors import UserError
@@ -32,14 +33,22 @@ def cli() -> None:
 class Run(click.Command):
     """Kedro's own ``run``, with ``--traceback`` beside its options."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _one_message(_wants_traceback()):  # --params is read here
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
-        traceback = ctx.params.pop("traceback") or bool(os.environ.get("VLM_LATENCY_TRACEBACK"))
+        traceback = ctx.params.pop("traceback") or _wants_traceback()
         # Both spellings, --pipeline and --pipelines, stay: there is nothing to act on. An
         # environment without a folder is an error of its own, in which --async ends too.
         for known in (".*'--(pipeline|async)' is deprecated", "Parameters not found"):
             warnings.filterwarnings("ignore", message=known)
         with _one_message(traceback):
             return super().invoke(ctx)
+
+
+def _wants_traceback() -> bool:
+    return bool(os.environ.get("VLM_LATENCY_TRACEBACK"))
 
 
 @contextmanager
@@ -71,6 +80,9 @@ def user_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, UserError) or str(error).startswith(KEDRO_REFUSALS):
             return str(error)
+        if isinstance(error, yaml.YAMLError):
+            told = " ".join(str(error).split())
+            return f"a parameter is not YAML (a text with ': ' or '{{' in it wants quotes): {told}"
         error = error.__cause__ or error.__context__
     return None
 

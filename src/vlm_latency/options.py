@@ -124,7 +124,7 @@ class SamplingOptions(Group):
     num_samples: Annotated[int, Field(ge=1)] | None = None
     order: Literal["random", "first"] | None = None  # None = as the protocol says
     seed: int = 0
-    one_question_per_image: bool = False
+    one_question_per_image: bool | None = None  # None = as the protocol says
     stratify_by_tiling: bool = False
     # exp3
     max_grid_size: Annotated[int, Field(ge=1)] | None = None
@@ -150,7 +150,8 @@ class MeasurementOptions(Group):
     warmup: Literal["plateau", "fixed"] | None = None  # None = as the protocol says
     warmup_runs: Annotated[int, Field(ge=0)] = 3  # fixed: this many; plateau: at least this many
     warmup_max_runs: Annotated[int, Field(ge=1)] = 20
-    noise_repeats: Annotated[int, Field(ge=0)] = 0  # requests measured once more, to know the noise
+    # requests measured once more, to know the noise; None = as the protocol says
+    noise_repeats: Annotated[int, Field(ge=0)] | None = None
     resume: bool = True
     allow_partial: bool = False
     max_failures: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the runs
@@ -313,12 +314,14 @@ class Options(Group):
         own: Any = getattr(self, name)
         preset = PRESETS[self.protocol]
         sampling = getattr(own, "sampling", SamplingOptions())
+        apart = name == "exp1" and self.protocol == "exact"  # a distribution wants both
         asked = self.measurement.model_dump() | _given(own, "measurement")
         measurement = _settle(
             asked,
             {
                 **preset["measurement"],
                 "output_length": _default_length(name, self.protocol, weights),
+                "noise_repeats": min(250, (sampling.num_samples or 0) // 5) if apart else 0,
             },
         )
         if measurement["use_hook_for_llm_prefill"]:
@@ -336,7 +339,9 @@ class Options(Group):
                 "model": self.model.model_dump(),
                 "dataset": self.dataset.model_dump(),
                 "prompt": self.prompt.model_dump(),
-                "sampling": _settle(sampling.model_dump(), preset["sampling"]),
+                "sampling": _settle(
+                    sampling.model_dump(), {**preset["sampling"], "one_question_per_image": apart}
+                ),
                 "measurement": measurement,
                 "flops": _settle(self.flops.model_dump() | _given(own, "flops"), preset["flops"]),
                 "figures": _settle(self.figures.model_dump(), preset["figures"]),

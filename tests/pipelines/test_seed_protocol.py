@@ -51,6 +51,7 @@ def test_the_result_says_how_it_was_measured(name: str, root: Path) -> None:
     assert settled["measurement"]["warmup"] == "fixed"
     assert settled["sampling"]["order"] == "first"
     assert settled["sampling"]["equal_crop_pairs"] is False
+    assert settled["sampling"]["one_question_per_image"] is False
     assert settled["flops"]["estimator"] == "parameter_rule"
     assert settled["figures"]["vision_axis"] == "patches"
 

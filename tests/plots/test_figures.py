@@ -72,6 +72,13 @@ def test_every_figure_draws_and_fits_its_page(made, context, style):
         assert (context.environment_line in shown.replace("\n", " ")) is not style.paper
 
 
+def test_a_model_without_parameters(made, context):
+    none = {name: 0 if count else count for name, count in made.PARAMETERS.items()}
+    figure = composition.parameters_pie(none, context, Style())
+    assert "0.0 % of 0 parameters" in words(figure).replace("\n", " ")
+    assert "not measured" in words(figure)
+
+
 def test_paper_is_one_column_wide_without_title_and_embeds_truetype(made, context):
     figure = composition.parameters_pie(made.PARAMETERS, context, Style(paper=True))
     assert figure.get_figwidth() == pytest.approx(3.3)

@@ -56,11 +56,12 @@ class Model:
         return dtype_name(self.options)
 
     def check_fits(self) -> None:
-        """Refuse a model that the device's free memory does not hold."""
+        """Refuse a model that cannot be built, or that the device's free memory does not hold."""
         if self.options.name == NULL:
             return
         from vlm_latency.models.loading import check_fits
 
+        self.architecture.meta_model(self.options.attn_implementation)
         check_fits(self.architecture, self.options)
 
     @cached_property

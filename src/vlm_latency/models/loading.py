@@ -184,9 +184,11 @@ def resolve_device(options: ModelOptions) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):  # whose time can be taken at component boundaries
         raise ModelError(
             f"model.device: found {options.device!r}; expected auto, cpu, cuda or cuda:N"
-        ) from None
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ModelError(

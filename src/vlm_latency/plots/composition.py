@@ -48,7 +48,7 @@ def parameters_pie(parameters: Mapping[str, Any], context: FigureContext, style:
     total, llm = parameters["params_total"], parameters["params_llm"]
     experts = parameters.get("moe_num_experts")
     with style.applied():
-        title = f"{context.model}: the LLM holds {100 * llm / total:.1f} % of "
+        title = f"{context.model}: the LLM holds {100 * llm / max(total, 1):.1f} % of "
         title += f"{_count(total)} parameters"
         if experts:
             title += f", and {_count(parameters['params_active'])} are active per token"
@@ -69,7 +69,7 @@ def parameters_pie(parameters: Mapping[str, Any], context: FigureContext, style:
                 list(values.values()),
                 [colour for _, colour in PARTS.values()],
                 [
-                    f"{PARTS[key][0]}  {_count(value)}  ({_percent(value / whole)})"
+                    f"{PARTS[key][0]}  {_count(value)}  ({_percent(value / max(whole, 1))})"
                     for key, value in values.items()
                 ],
                 _count(whole),

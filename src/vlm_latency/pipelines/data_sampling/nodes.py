@@ -126,7 +126,7 @@ def _sampling(options: ExperimentOptions) -> Sampling:
         num_samples=asked.num_samples,
         order=str(asked.order),
         seed=asked.seed,
-        one_question_per_image=asked.one_question_per_image,
+        one_question_per_image=bool(asked.one_question_per_image),
         stratify_by_tiling=asked.stratify_by_tiling,
         max_crops=options.model.max_crops or 12,
     )
