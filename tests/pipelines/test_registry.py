@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_what_a_pipeline_leaves_behind_is_a_file(name: str, registry: dict, cata
     for dataset in registry[name].outputs() - {"passed"}:  # the gate leaves its verdict
         assert dataset in catalog, dataset
         assert not isinstance(catalog.get(dataset), MemoryDataset), dataset
+
+
+def test_kedro_viz_finds_layers_and_what_each_node_does(registry: dict, catalog) -> None:
+    layers = {
+        name: catalog.get(name).metadata["kedro-viz"]["layer"]
+        for name in ("model", "questions", "exp1.requests", "exp1.records", "exp1.result", "page")
+    }
+    assert list(dict.fromkeys(layers.values())) == ["raw", "primary", "model_output"]
+    for name in REGISTERED:
+        for node in registry[name].nodes:
+            assert inspect.isfunction(node.func) and node.func.__doc__, node.name  # its source
 
 
 def test_an_experiment_measures_when_the_result_before_it_is_on_disk(registry: dict) -> None:
