@@ -185,6 +185,14 @@ def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
     assert figure.axes
 
 
+def test_what_a_compiled_step_does_not_tell_is_said() -> None:
+    for engine, said in (("compiled", True), ("static", False)):
+        environment = {**m.ENVIRONMENT, "model": {**m.ENVIRONMENT["model"], "engine": engine}}
+        result, *_ = exp3.report(m.options("exp3"), *m.vision_sweep(), m.COVERAGE, environment, {})
+        notes = result["statistics"]["notes"]
+        assert any("modules inside it cannot be told apart" in note for note in notes) is said
+
+
 def _tokens(width: int, height: int) -> Any:
     return SimpleNamespace(num_vision_tokens=704, num_image_special_tokens=30)
 

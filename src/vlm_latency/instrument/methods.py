@@ -34,11 +34,6 @@ PREFILL, DECODE, OTHER = "T_LLM_prefill", "T_LLM_decode", "T_other"
 FORWARD = "forward"  # the whole model's forward, before it is known which one it is
 VISION_MARKS = 256  # slots for boundaries of the vision part; further ones are made on demand
 
-COMPILED_STEP = (
-    "the decode step is compiled into one graph: its time is measured as a whole, the modules "
-    "inside it cannot be told apart"
-)
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -119,7 +114,6 @@ class Meter:
         self.model = vlm.model
         self.device = torch.device(vlm.device)
         self.engine = engine
-        self.note = COMPILED_STEP if engine == "compiled" else None
         if self.device.type not in ("cpu", "cuda"):
             raise MeasurementError(
                 f"found model.device={self.device.type}; expected cpu or cuda, the devices whose "

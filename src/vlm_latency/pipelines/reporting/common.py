@@ -46,6 +46,10 @@ COSTS = tuple(
         ("mbu", ""),
     )
 )
+COMPILED_STEP = (
+    "the decode step is compiled into one graph: its time is measured as a whole, the modules "
+    "inside it cannot be told apart"
+)
 MEANS = ("T_preprocess", "T_total", "T_first_token", "T_vision_total", *COMPONENTS)
 
 
@@ -111,6 +115,8 @@ def frame(
     claims: Sequence[Any],
 ) -> dict[str, Any]:
     """Give the top level that every result has beside the seed's own keys."""
+    if environment["model"].get("engine") == "compiled":
+        statistics = {**statistics, "notes": [*(statistics.get("notes") or ()), COMPILED_STEP]}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": options.experiment,
