@@ -109,6 +109,18 @@ def test_only_our_exp1_keeps_questions_apart_and_repeats_some() -> None:
         assert other.measurement.noise_repeats == 0
 
 
+def test_what_would_change_nothing_is_refused() -> None:
+    given = {
+        "exp3": {"sampling": {"num_samples": 3, "max_grid_size": 2, "seed": 1}},
+        "exp4": {"measurement": {"output_length": 8}},
+    }
+    with pytest.raises(UserError) as error:
+        Options.from_parameters(given)
+    first, second = str(error.value).splitlines()
+    assert first.startswith("parameter 'exp3.sampling.num_samples' has no effect; exp3 listens to")
+    assert second.startswith("parameter 'exp4.measurement.output_length' has no effect: exp4 has")
+
+
 def test_random_weights_write_answers_of_the_true_length() -> None:
     options = Options.from_parameters({})
     assert options.experiment("exp1", "random").measurement.output_length == "answer"

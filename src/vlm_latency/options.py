@@ -231,6 +231,15 @@ class CompareOptions(Group):
     fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
 
 
+# What an experiment's sampling listens to; the rest of the group is other experiments' matter.
+_QUESTIONS = {"num_samples", "order", "one_question_per_image", "stratify_by_tiling"}
+_HEARD = {
+    "exp1": _QUESTIONS,
+    "exp2": _QUESTIONS,
+    "exp3": {"max_grid_size", "equal_crop_pairs", "sizes"},
+    "exp4": _QUESTIONS | {"max_new_tokens_list", "tiling", "on_too_long", "use_eos_token"},
+}
+
 # What each protocol sets where the user has not: {group: {field: value}}.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "exact": {
@@ -298,7 +307,25 @@ class Options(Group):
             raise UserError(_explain(error, cls)) from None
         for name in EXPERIMENTS:
             options.experiment(name)  # refuses what contradicts itself
+        if unheard := [path for name in MEASURED for path in options._unheard(name)]:
+            raise UserError("\n".join(unheard))
         return options
+
+    def _unheard(self, name: str) -> list[str]:
+        """Say which of an experiment's own parameters would change nothing."""
+        own: ExperimentOverrides = getattr(self, name)
+        heard = _HEARD[name] | {"requests", "seed"}
+        lines = [
+            f"parameter '{name}.sampling.{field}' has no effect; {name} listens to "
+            f"{', '.join(sorted(heard))}"
+            for field in sorted(own.sampling.model_fields_set - heard)
+        ]
+        if name in ("exp3", "exp4") and "output_length" in own.measurement.model_fields_set:
+            fixed = "is a prefill" if name == "exp3" else "has its sampling.max_new_tokens_list"
+            lines.append(
+                f"parameter '{name}.measurement.output_length' has no effect: {name} {fixed}"
+            )
+        return lines
 
     def experiment(self, name: str, weights: str = "pretrained") -> ExperimentOptions:
         """Give the effective options of one experiment.
@@ -362,8 +389,8 @@ def _settle(values: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
 
 def _default_length(name: str, protocol: str, weights: str) -> str:
     """What an experiment asks the model to write, where the user has not said."""
-    if name == "exp3" or (name == "exp1" and protocol == "seed"):
-        return "none"
+    if name in ("exp3", "exp4") or (name == "exp1" and protocol == "seed"):
+        return "none"  # exp4's requests say their lengths themselves
     return "answer" if weights == "random" else "natural"
 
 
