@@ -53,6 +53,13 @@ def test_a_line_says_what_each_experiment_will_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # nothing is left of the attempt to write
 
 
+def test_the_line_of_exp3_names_what_it_sweeps(tmp_path: Path) -> None:
+    (pairs,) = checked(tmp_path, ["exp3"], exp3={"sampling": {"max_grid_size": 6}})
+    assert "grids 1×1 … 1×6 and 1 of equal crops on" in pairs
+    (sizes,) = checked(tmp_path, ["exp3"], exp3={"sampling": {"sizes": "336x336 640x480"}})
+    assert "2 image sizes on" in sizes
+
+
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
     told = refusals(
         tmp_path,

@@ -141,11 +141,15 @@ def _drawable(options: ExperimentOptions, questions: Any, handle: Any) -> pd.Dat
 
 def _line(options: ExperimentOptions, handle: Any, requests: pd.DataFrame) -> str:
     measurement, rules, grids = options.measurement, requests["output_length"], requests["grid"]
-    sweep = f"grids {grids.iloc[0]} … {grids.iloc[-1]}" if grids.notna().all() else "image sizes"
+    row = grids[grids.str.startswith("1×").fillna(False)]
+    sweep = f"{len(requests)} image sizes"
+    if len(row):
+        more = f" and {len(grids) - len(row)} of equal crops" if len(row) < len(grids) else ""
+        sweep = f"grids {row.iloc[0]} … {row.iloc[-1]}{more}"
     what = {
         "exp1": f"{len(requests)} questions",
         "exp2": f"{len(requests)} questions",
-        "exp3": f"{len(requests)} {sweep}",
+        "exp3": sweep,
         "exp4": f"{len(requests) // rules.nunique()} images × {rules.nunique()} lengths",
     }[options.experiment]
     times = f" × {measurement.num_runs} runs" if measurement.num_runs > 1 else ""
