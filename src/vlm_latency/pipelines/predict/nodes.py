@@ -94,8 +94,8 @@ def predict(
     notes = []
     if measured_on.get("name") not in (None, model.options.name):
         notes.append(
-            f"calibrated on {measured_on['name']}, asked for {model.options.name}: the interval is "
-            "that of the calibrated model"
+            f"calibrated on {measured_on['name']}, asked for {model.options.name}: an "
+            "extrapolation, whose interval is only that of the calibrated model"
         )
     if predictor.dtype != measured_in:
         notes.append(
