@@ -236,3 +236,13 @@ def test_entries_come_in_the_order_of_the_requests() -> None:
     table = common.entries(shuffled, requests)
     assert list(table.index) == list(requests["request_id"])
     assert table["num_crops"].dtype == "Int64"
+
+
+def test_the_images_of_a_sweep_are_marked_synthetic_beside_a_real_dataset() -> None:
+    records, requests = m.vision_sweep()
+    real = {**m.ENVIRONMENT, "dataset": {"name": "coco_2014_vqa", "synthetic": False}}
+    result, _, figure = exp3.report(
+        m.options("exp3"), records, requests.assign(synthetic=True), m.COVERAGE, real, {}
+    )
+    assert result["environment"]["dataset"]["synthetic"] is True
+    assert any("synthetic requests" in text.get_text() for text in figure.texts)

@@ -35,6 +35,9 @@ def report(
     from vlm_latency.plots.style import Style
     from vlm_latency.plots.vision_sweep import vision_tokens_vs_latency
 
+    # Whatever the questions of the other experiments come from, a sweep's images are made for it.
+    made = bool(requests["synthetic"].fillna(False).all())
+    environment = {**environment, "dataset": {**environment["dataset"], "synthetic": made}}
     rows = common.succeeded(records)
     notes: list[str] = []
     axis = f"num_vision_{options.figures.vision_axis}"
