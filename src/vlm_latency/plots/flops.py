@@ -130,7 +130,10 @@ def _scatter(
                 scaled["band"] = {**band, "x": np.array(band["x"], dtype=float) / unit}
         draw_fit(axes, scaled, flops[known], "black", "linear fit")
         for key, label in (("r_squared", "R²"), ("pearson", "Pearson"), ("spearman", "Spearman")):
-            axes.plot([], [], " ", label=f"{label} {interval(measures.get(key))}")
+            value = measures.get(key)
+            # A number without an interval keeps its digits: an R² of 0.9996 is not 1.
+            shown = f"{value:.4g}" if isinstance(value, float) else interval(value)
+            axes.plot([], [], " ", label=f"{label} {shown}")
     axes.set(xlabel=f"{prefix}FLOP ({estimator.replace('_', ' ')})", ylabel="latency (ms)")
     axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(bottom=0)
