@@ -81,7 +81,7 @@ def test_an_encoder_with_the_projector_inside_is_not_replayed(qwen: Any) -> None
         assert not replayed
 
 
-def case(own: list[float], delay: float = 10.0, **elsewhere: float) -> str:
+def case(own: list[float], delay: float = 10.0, **elsewhere: Any) -> str:
     """The state of 12 pairs with these errors of the projector, and these everywhere else."""
     others = {name: elsewhere.get(name, 0.0) for name in (*COMPONENTS, "T_other")}
     del others["T_projector"]
@@ -91,9 +91,9 @@ def case(own: list[float], delay: float = 10.0, **elsewhere: float) -> str:
             "delay_ms": delay,
             "injected_ms": delay,
             "recovered_ms": delay + error,
-            "elsewhere_ms": others,
+            "elsewhere_ms": {name: float(np.broadcast_to(v, 12)[i]) for name, v in others.items()},
         }
-        for error in own
+        for i, error in enumerate(own)
     ]
     return str(calibration._case(rows, "T_projector", delay)["state"])
 
@@ -102,6 +102,9 @@ def test_states_of_a_recovery() -> None:
     assert case([0.1] * 12) == "recovered"
     assert case([-0.19] * 12, T_LLM_prefill=0.1, T_vision_encoder=-0.1) == "recovered"
     assert case([0.1] * 12, T_LLM_prefill=0.3) == "disturbed"  # it runs after the projector
+    assert case([0.1] * 12, T_LLM_prefill=-0.3) == "missed"  # no pause makes it faster
+    noise = np.linspace(-2, 3, 12)  # a median of 0.5, and nothing that is sure
+    assert case([0.1] * 12, T_LLM_prefill=noise) == "undecided"
     assert case([0.1] * 12, T_vision_encoder=0.3) == "missed"  # it has run before
     assert case([0.3] * 12) == "missed"
     assert case([-0.3] * 12) == "missed"

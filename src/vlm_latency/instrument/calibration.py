@@ -315,22 +315,23 @@ def _case(rows: list[dict[str, Any]], component: str, milliseconds: float) -> di
     beyond = {n: e for n, e in estimates.items() if abs(float(e.value or 0)) > tolerance}
     # A pause chills the caches of what runs after it, and of nothing that ran before.
     after = (*COMPONENTS[COMPONENTS.index(component) + 1 :], OTHER)
+    chilled = {name: beyond[name] for name in after if name in beyond}
     strict = [estimate for name, estimate in beyond.items() if name not in after]
-    if any(e.above(tolerance) or e.below(-tolerance) for e in strict):
+    if any(e.above(tolerance) or e.below(-tolerance) for e in strict) or any(
+        e.below(-tolerance) for e in chilled.values()
+    ):
         state = "missed"
-    elif strict:
+    elif strict or any(not e.above(0) for e in chilled.values()):
         state = "undecided"
     else:
-        state = "disturbed" if beyond else "recovered"
+        state = "disturbed" if chilled else "recovered"
     error = estimates.pop(component)
     return {
         "component": component,
         "delay_ms": milliseconds,
         "tolerance_ms": tolerance,
         "state": state,
-        "after_ms": max(
-            (abs(float(beyond[n].value or 0)) for n in after if n in beyond), default=0.0
-        ),
+        "after_ms": max((float(e.value or 0) for e in chilled.values()), default=0.0),
         "error_ms": error.to_dict(),
         "elsewhere_ms": {name: estimate.to_dict() for name, estimate in estimates.items()},
     }
