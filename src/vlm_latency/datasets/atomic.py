@@ -59,7 +59,7 @@ def _umask() -> int:
 
 
 class FileDataset(AbstractDataset):
-    """A local file; what it holds is its children's matter."""
+    """One place on disk, a file or a folder; what it holds is its children's matter."""
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
         self._path = Path(filepath)
@@ -67,7 +67,7 @@ class FileDataset(AbstractDataset):
         self.metadata = metadata
 
     def _exists(self) -> bool:
-        return self._path.is_file()
+        return self._path.exists()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": str(self._path)}

@@ -7,11 +7,11 @@ nothing left to measure loads no model.
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kedro.io import AbstractDataset
 
+from vlm_latency.datasets.atomic import FileDataset
 from vlm_latency.errors import DataError
 from vlm_latency.models.zoo import NULL
 from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
@@ -98,7 +98,7 @@ class FromOptions(ReadOnly):
         return self._options
 
 
-class FromPath(ReadOnly):
+class FromPath(FileDataset, ReadOnly):
     """What lies in one place on disk.
 
     Parameters
@@ -108,16 +108,6 @@ class FromPath(ReadOnly):
     metadata
         Passed through to Kedro plugins.
     """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._path = Path(filepath)
-        self.metadata = metadata
-
-    def _exists(self) -> bool:
-        return self._path.exists()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._path)}
 
 
 class ModelDataset(FromOptions):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
-from kedro.io import AbstractDataset
 from kedro_datasets._typing import HTMLPreview, ImagePreview
 
 from vlm_latency.datasets.atomic import FileDataset, replacing
@@ -47,7 +45,7 @@ class FigureFile(FileDataset):
         return ImagePreview(base64.b64encode(self.load()).decode())
 
 
-class TableFolder(AbstractDataset[Mapping[str, pd.DataFrame], NoReturn]):
+class TableFolder(FileDataset):
     """Tables by name, each as CSV and as booktabs LaTeX in one folder.
 
     Parameters
@@ -58,10 +56,6 @@ class TableFolder(AbstractDataset[Mapping[str, pd.DataFrame], NoReturn]):
         Passed through to Kedro plugins.
     """
 
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
-        self._folder = Path(filepath)
-        self.metadata = metadata
-
     def load(self) -> NoReturn:
         raise NotImplementedError("tables are written for people; read the records or the result")
 
@@ -70,22 +64,16 @@ class TableFolder(AbstractDataset[Mapping[str, pd.DataFrame], NoReturn]):
 
         for name, table in data.items():
             for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table))):
-                with replacing(self._folder / f"{name}{suffix}") as temporary:
+                with replacing(self._path / f"{name}{suffix}") as temporary:
                     temporary.write_text(text, encoding="utf-8")
 
     def preview(self) -> HTMLPreview:
         """Show all tables in Kedro-Viz."""
         found = [
             f"<h3>{path.stem}</h3>{pd.read_csv(path).to_html(index=False, na_rep='')}"
-            for path in sorted(self._folder.glob("*.csv"))
+            for path in sorted(self._path.glob("*.csv"))
         ]
         return HTMLPreview("".join(found))
-
-    def _exists(self) -> bool:
-        return self._folder.is_dir()
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._folder)}
 
 
 class HTMLPage(FileDataset):
