@@ -99,9 +99,12 @@ TIME_COLUMNS: dict[str, str] = {
     "T_vision_total": "float64",
     "T_LLM_prefill": "float64",
     "T_LLM_decode": "float64",
+    "T_LLM_decode_forward": "float64",
+    "T_LLM_decode_between": "float64",
     "T_other": "float64",
     "T_first_token": "float64",
     "T_per_output_token": "float64",
+    "T_first_decode_step": "float64",
     "decode_step_ms": "object",  # list, one entry per decode forward
     "T_total_host": "float64",
     "T_vision_encoder_host": "float64",

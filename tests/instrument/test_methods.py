@@ -47,6 +47,10 @@ def test_timeline_partitions_every_family(family: Any, engine: str) -> None:
     assert len(times["decode_step_ms"]) == 4
     assert min(times["decode_step_ms"]) > 0
     assert sum(times["decode_step_ms"]) == pytest.approx(times["T_LLM_decode"], abs=1e-9)
+    assert times["T_first_decode_step"] == times["decode_step_ms"][0]
+    parts = times["T_LLM_decode_forward"] + times["T_LLM_decode_between"]
+    assert parts == pytest.approx(times["T_LLM_decode"], abs=1e-9)
+    assert min(times["T_LLM_decode_forward"], times["T_LLM_decode_between"]) > 0
     assert all(times[name] >= 0 for name in COMPONENTS)
     assert times["T_vision_encoder"] > 0
     assert times["T_projector"] > 0
@@ -125,7 +129,7 @@ def test_image_features_inside_the_forward_are_vision_too(
     meter = make_meter(vlm)
     inside = meter(prepared, 3)
     labels = [mark.label for mark in meter.timeline.host_marks()]
-    assert labels.index("forward") < labels.index("T_vision_encoder")
+    assert labels.index("T_LLM_prefill") < labels.index("T_vision_encoder")
     assert inside.token_ids == before.token_ids
     assert inside.times["T_vision_encoder"] > 0
     assert inside.times["T_LLM_prefill"] > 0

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.instrument.clock import HostClock
+from vlm_latency.instrument.clock import CudaClock, HostClock
 from vlm_latency.instrument.methods import intervals
 from vlm_latency.instrument.timeline import Mark, Timeline, partition
 
@@ -161,11 +162,12 @@ def request_marks(vision_inside: bool) -> list[Mark]:
         ("T_vision_encoder", False, 22),
         ("T_projector", False, 3),
     ]
-    prefill = [("forward", True, 0 if vision_inside else 2), ("forward", False, 40)]
-    steps = [("forward", True, 1), ("forward", False, 7), ("forward", True, 2)]
+    prefill = [("T_LLM_prefill", True, 0 if vision_inside else 2), ("T_LLM_prefill", False, 40)]
+    step = "T_LLM_decode_forward"
+    steps = [(step, True, 1), (step, False, 7), (step, True, 2)]
     order = [("T_other", True, 0), ("T_other", True, 20), ("T_other", False, 0)]
     order += [prefill[0], *vision, prefill[1]] if vision_inside else [*vision, *prefill]
-    order += [*steps, ("forward", False, 7), ("T_other", False, 4)]
+    order += [*steps, (step, False, 7), ("T_other", False, 4)]
     marks, now = [], 7 * MS
     for label, opens, after in order:
         now += after * MS
@@ -183,6 +185,9 @@ def test_intervals_of_a_request_worked_by_hand(vision_inside: bool) -> None:
     assert times["T_LLM_prefill"] == 40
     assert times["decode_step_ms"] == [8, 9]
     assert times["T_LLM_decode"] == 17
+    assert times["T_LLM_decode_forward"] == 7 + 7
+    assert times["T_LLM_decode_between"] == 1 + 2
+    assert times["T_first_decode_step"] == 8
     assert times["T_per_output_token"] == 8.5
     assert times["T_first_token"] == 20 + 30 + between + 40
     assert times["T_other"] == 20 + between + 4
@@ -192,12 +197,14 @@ def test_intervals_of_a_request_worked_by_hand(vision_inside: bool) -> None:
 def test_prefill_only_has_no_decode() -> None:
     marks = [
         Mark(0, "T_other", True),
-        Mark(2 * MS, "forward", True),
-        Mark(5 * MS, "forward", False),
+        Mark(2 * MS, "T_LLM_prefill", True),
+        Mark(5 * MS, "T_LLM_prefill", False),
         Mark(6 * MS, "T_other", False),
     ]
     times = intervals(marks, num_output_tokens=1)
     assert times["T_LLM_decode"] == 0
+    assert times["T_LLM_decode_forward"] == times["T_LLM_decode_between"] == 0
+    assert times["T_first_decode_step"] is None
     assert times["decode_step_ms"] == []
     assert times["T_per_output_token"] is None
     assert times["T_vision_total"] == 0
@@ -207,3 +214,20 @@ def test_prefill_only_has_no_decode() -> None:
 def test_forwards_must_match_the_tokens() -> None:
     with pytest.raises(MeasurementError, match="4 tokens came from 3 forwards"):
         intervals(request_marks(False), num_output_tokens=4)
+
+
+def test_device_times_keep_their_resolution_after_minutes() -> None:
+    """CUDA tells the time between two events in float32 milliseconds."""
+
+    class Event(int):
+        def elapsed_time(self, other: int) -> float:
+            return float(np.float32((other - self) / 1e6))
+
+    steps = [0, 150_000 * MS, 300_001, 299_999, 300_123]
+    clock = CudaClock("cuda")
+    clock._events = [Event(at) for at in np.cumsum(steps)]
+    times = clock.read(5)
+    assert np.diff(times)[1:].tolist() == steps[2:]
+    coarse = [clock._events[0].elapsed_time(event) * 1e6 for event in clock._events]
+    assert np.abs(np.diff(coarse)[1:] - steps[2:]).max() > 3_000  # what summing up avoids
+    assert clock.read(0) == []

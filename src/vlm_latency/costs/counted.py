@@ -120,14 +120,6 @@ class Counter:
     def __init__(self, model: Any, components: Any, window: int | None = None) -> None:
         self.model = model
         self.modules = components.resolve(model)
-        # Projectors that run inside the encoder; of a list of modules, its items are what is called.
-        items = [
-            item
-            for module in self.modules.projector
-            for item in (module if isinstance(module, nn.ModuleList) else [module])
-        ]
-        inside = {id(module) for module in self.modules.vision_encoder.modules()}
-        self.mergers = [item for item in items if id(item) in inside]
         self.text_config = model.config.get_text_config()
         self.window = window
         self._steps: dict[int, Count] = {}
@@ -144,7 +136,9 @@ class Counter:
         }
         with _counting() as read:
             with _spent(self.modules.vision_encoder, read) as encoder, ExitStack() as stack:
-                nested = [stack.enter_context(_spent(module, read)) for module in self.mergers]
+                nested = [
+                    stack.enter_context(_spent(module, read)) for module in self.modules.mergers
+                ]
                 self.model.get_image_features(**arguments)
             whole = read()
         mergers = [count for counts in nested for count in counts]

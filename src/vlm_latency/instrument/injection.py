@@ -9,9 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from vlm_latency.instrument.methods import DECODE, ENCODER, PREFILL, PROJECTOR
+from vlm_latency.instrument.methods import DECODE
+from vlm_latency.models.boundaries import (
+    DECODE_FORWARD,
+    ENCODER,
+    PREFILL,
+    PROJECTOR,
+    boundaries,
+)
 
 COMPONENTS = (ENCODER, PROJECTOR, PREFILL, DECODE)
 STEP = 2  # the decode step that is delayed: of three tokens the last, so that little follows
@@ -63,34 +69,28 @@ class Delay:
 
 @contextlib.contextmanager
 def delayed(vlm: Any, component: str, milliseconds: float, delay: Delay) -> Iterator[None]:
-    """Delay one component of every request meanwhile, once per request.
+    """Delay one component of one request meanwhile, once.
 
-    The delay ends the component's forward: it lies within the boundary marks, which are put
-    around it later, and does not disturb the work before it. Decode is delayed in its second
-    step, at its start where that step is compiled. A meter must attach its hooks inside this.
+    The delay ends the component: it lies within the boundary marks, which are put around it later,
+    and does not disturb the work before it. Decode is delayed in its second step. A meter must
+    attach its hooks inside this.
     """
-    components, model = vlm.components, vlm.model
+    label, at = {
+        ENCODER: (ENCODER, 0),
+        PROJECTOR: (PROJECTOR, 0),
+        PREFILL: (PREFILL, 0),
+        DECODE: (DECODE_FORWARD, STEP - 1),
+    }[component]
     calls = 0
 
-    def act(at: int) -> None:
+    def act(closed: str) -> None:
         nonlocal calls
-        if not torch.compiler.is_compiling():
+        if closed == label:
             if calls == at:
                 delay(milliseconds)
             calls += 1
 
-    with contextlib.ExitStack() as stack:
-        if component == DECODE and vlm.options.engine == "compiled":
-            stack.enter_context(_before_compiled_step(model, lambda: act(STEP - 1)))
-        else:
-            module, at = {
-                ENCODER: (components.vision_encoder, 0),
-                PROJECTOR: (_first_called(components.projector), 0),
-                PREFILL: (components.language_model, 0),
-                DECODE: (components.language_model, STEP),
-            }[component]
-            handle = module.register_forward_hook(lambda *_: act(at))
-            stack.callback(handle.remove)
+    with boundaries(vlm.model, vlm.components, lambda _: None, act):
         yield
 
 
@@ -107,8 +107,7 @@ def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
         Whether it is so: not where the projector lies inside the encoder.
     """
     encoder = vlm.components.vision_encoder
-    inside = set(encoder.modules())
-    if any(module in inside for module in vlm.components.projector):
+    if vlm.components.mergers:
         yield False
         return
     outputs: list[Any] = []
@@ -130,28 +129,3 @@ def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
         yield True
     finally:
         del encoder.forward
-
-
-def _first_called(modules: tuple[nn.Module, ...]) -> nn.Module:
-    first = modules[0]
-    return first[0] if isinstance(first, nn.ModuleList) else first
-
-
-@contextlib.contextmanager
-def _before_compiled_step(model: Any, act: Callable[[], None]) -> Iterator[None]:
-    original = model.get_compiled_call
-
-    def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        step = original(*args, **kwargs)
-
-        def delayed_step(*args: Any, **kwargs: Any) -> Any:
-            act()
-            return step(*args, **kwargs)
-
-        return delayed_step
-
-    model.get_compiled_call = get_compiled_call
-    try:
-        yield
-    finally:
-        del model.get_compiled_call

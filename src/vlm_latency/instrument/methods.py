@@ -12,7 +12,6 @@ Intervals are defined in the README's method notes; all times are milliseconds.
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import inspect
 import itertools
@@ -27,11 +26,16 @@ from torch import nn
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.clock import CudaClock, HostClock
 from vlm_latency.instrument.timeline import Mark, Timeline, partition
+from vlm_latency.models.boundaries import (
+    DECODE_FORWARD,
+    ENCODER,
+    PREFILL,
+    PROJECTOR,
+    boundaries,
+)
 from vlm_latency.records import TIME_COLUMNS
 
-ENCODER, PROJECTOR = "T_vision_encoder", "T_projector"
-PREFILL, DECODE, OTHER = "T_LLM_prefill", "T_LLM_decode", "T_other"
-FORWARD = "forward"  # the whole model's forward, before it is known which one it is
+DECODE, OTHER = "T_LLM_decode", "T_other"
 VISION_MARKS = 256  # slots for boundaries of the vision part; further ones are made on demand
 
 
@@ -252,74 +256,9 @@ class TimelineMeter(Meter):
     @contextlib.contextmanager
     def _attached(self) -> Iterator[None]:
         """Put a mark at every boundary, and take all of them away again."""
-        components = self.vlm.components
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._around(self.model, FORWARD))
-            stack.enter_context(self._around(components.vision_encoder, ENCODER))
-            for module in components.projector:
-                # a list of modules is never called itself
-                for part in module if isinstance(module, nn.ModuleList) else [module]:
-                    stack.enter_context(self._around(part, PROJECTOR))
-            base = self.model.base_model
-            if hasattr(base, "get_image_features"):
-                stack.enter_context(_replaced(base, "get_image_features", self._wrap_features))
-            if self.engine == "compiled":
-                stack.enter_context(_replaced(self.model, "get_compiled_call", self._wrap_compiled))
+        timeline = self.timeline
+        with boundaries(self.model, self.vlm.components, timeline.open, timeline.close):
             yield
-
-    @contextlib.contextmanager
-    def _around(self, module: nn.Module, label: str) -> Iterator[None]:
-        """Marks before and after a module's forward, none while it is being compiled."""
-        timeline = self.timeline
-
-        def before(*_: Any) -> None:
-            if not torch.compiler.is_compiling():
-                timeline.open(label)
-
-        def after(*_: Any) -> None:
-            if not torch.compiler.is_compiling():
-                timeline.close(label)
-
-        handles = [
-            module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_hook(after),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _wrap_features(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        timeline = self.timeline
-
-        @functools.wraps(function)  # generate() reads the signature
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            timeline.open(PROJECTOR)
-            result = function(*args, **kwargs)
-            timeline.close(PROJECTOR)
-            return result
-
-        return get_image_features
-
-    def _wrap_compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        timeline = self.timeline
-
-        @functools.wraps(function)
-        def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-            step = function(*args, **kwargs)
-
-            def marked_step(*args: Any, **kwargs: Any) -> Any:
-                timeline.open(FORWARD)
-                result = step(*args, **kwargs)
-                timeline.close(FORWARD)
-                return result
-
-            return marked_step
-
-        return get_compiled_call
 
 
 class SubtractionMeter(Meter):
@@ -354,7 +293,7 @@ class SubtractionMeter(Meter):
             PREFILL: max(0.0, prefill_ms),
             DECODE: 0.0,
         }
-        if not self._projector_in_encoder():
+        if not self.vlm.components.mergers:
             times[ENCODER] = encoder_ms
             times["raw_T_projector"] = features_ms - encoder_ms
             times[PROJECTOR] = max(0.0, features_ms - encoder_ms)
@@ -401,10 +340,6 @@ class SubtractionMeter(Meter):
     @contextlib.contextmanager
     def _attached(self) -> Iterator[None]:
         yield
-
-    def _projector_in_encoder(self) -> bool:
-        inside = set(self.vlm.components.vision_encoder.modules())
-        return any(module in inside for module in self.vlm.components.projector)
 
 
 class HookMeter(SubtractionMeter):
@@ -460,9 +395,7 @@ def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
     Parameters
     ----------
     marks
-        ``T_other`` around everything; ``T_projector`` around the image features and
-        ``T_vision_encoder`` in them; ``forward`` around each of the model's forwards, of which
-        the first is the prefill.
+        ``T_other`` around everything and, in it, the labels of `models.boundaries.boundaries`.
     num_output_tokens
         How many tokens came out; as many forwards must be there.
 
@@ -470,50 +403,51 @@ def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
     -------
     dict
         Milliseconds by time column; ``T_total = T_vision_total + T_LLM_prefill + T_LLM_decode +
-        T_other`` and ``T_vision_total = T_vision_encoder + T_projector``, to floating-point
-        rounding.
+        T_other``, ``T_vision_total = T_vision_encoder + T_projector`` and ``T_LLM_decode =
+        T_LLM_decode_forward + T_LLM_decode_between``, to floating-point rounding.
 
     Raises
     ------
     MeasurementError
         When the number of forwards is not the number of tokens.
     """
-    ends = [mark.time_ns for mark in marks if mark.label == FORWARD and not mark.opens]
+    forwards = (PREFILL, DECODE_FORWARD)
+    ends = [mark.time_ns for mark in marks if mark.label in forwards and not mark.opens]
     if len(ends) != num_output_tokens:
         raise MeasurementError(
             f"{num_output_tokens} tokens came from {len(ends)} forwards; one each was expected "
             "(does the model generate in another way, or cut its prefill into chunks?)"
         )
-    owned = dict.fromkeys((ENCODER, PROJECTOR, PREFILL, DECODE, OTHER), 0)
+    owned = dict.fromkeys((ENCODER, PROJECTOR, PREFILL, DECODE_FORWARD, DECODE, OTHER), 0)
     owned |= partition(_with_decode(marks))
-    vision = owned[ENCODER] + owned[PROJECTOR]
+    between = owned[DECODE]
+    owned[DECODE] += owned[DECODE_FORWARD]
     times: dict[str, Any] = {label: ns / 1e6 for label, ns in owned.items()}
-    times["T_vision_total"] = vision / 1e6
+    times["T_LLM_decode_between"] = between / 1e6
+    times["T_vision_total"] = (owned[ENCODER] + owned[PROJECTOR]) / 1e6
     times["T_total"] = (marks[-1].time_ns - marks[0].time_ns) / 1e6
     times["T_first_token"] = (ends[0] - marks[0].time_ns) / 1e6
     steps = [(later - earlier) / 1e6 for earlier, later in itertools.pairwise(ends)]
     times["decode_step_ms"] = steps
+    times["T_first_decode_step"] = steps[0] if steps else None
     times["T_per_output_token"] = times[DECODE] / len(steps) if steps else None
     return times
 
 
 def _with_decode(marks: Sequence[Mark]) -> list[Mark]:
-    """Name the forwards; decode lasts from the end of the prefill to the end of the last one."""
-    last = max(index for index, mark in enumerate(marks) if mark.label == FORWARD)
-    named: list[Mark] = []
-    label = PREFILL
-    for index, mark in enumerate(marks):
-        if mark.label != FORWARD:
-            named.append(mark)
-            continue
-        named.append(mark._replace(label=label))
-        if label == PREFILL and not mark.opens:
-            label = DECODE
-            if index < last:
-                named.append(Mark(mark.time_ns, DECODE, True))
-        elif index == last:
-            named.append(Mark(mark.time_ns, DECODE, False))
-    return named
+    """Put ``T_LLM_decode`` from the end of the prefill to the end of the last forward."""
+    ends = [i for i, mark in enumerate(marks) if mark.label == DECODE_FORWARD and not mark.opens]
+    if not ends:
+        return list(marks)
+    first = marks.index(next(m for m in marks if m.label == PREFILL and not m.opens)) + 1
+    last = ends[-1] + 1
+    return [
+        *marks[:first],
+        Mark(marks[first - 1].time_ns, DECODE, True),
+        *marks[first:last],
+        Mark(marks[last - 1].time_ns, DECODE, False),
+        *marks[last:],
+    ]
 
 
 def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
@@ -531,21 +465,6 @@ def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
             "timeline or subtraction"
         )
     return max(lists, key=len)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Wrap one method of one instance, for a while."""
-    own = vars(owner)
-    before = own.get(name)
-    own[name] = wrap(getattr(owner, name))
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[name]
-        else:
-            own[name] = before
 
 
 def _engine_arguments(

@@ -29,6 +29,23 @@ class Modules:
     language_model: nn.Module
     head: nn.Module
 
+    @property
+    def projector_parts(self) -> tuple[nn.Module, ...]:
+        """Modules of the projector that are called: of a list of modules, its items."""
+        from torch import nn
+
+        return tuple(
+            part
+            for module in self.projector
+            for part in (module if isinstance(module, nn.ModuleList) else [module])
+        )
+
+    @property
+    def mergers(self) -> tuple[nn.Module, ...]:
+        """Parts of the projector that lie inside the vision encoder (Qwen's)."""
+        inside = set(self.vision_encoder.modules())
+        return tuple(part for part in self.projector_parts if part in inside)
+
 
 @dataclass(frozen=True)
 class Components:
