@@ -44,10 +44,10 @@ def test_exp1_gives_the_order_statistics_and_the_spread_by_crops() -> None:
         m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT
     )
     statistics = result["statistics"]
-    assert statistics["T_total"]["max"] == records["T_total"].max()
-    assert statistics["T_total"]["P50"]["value"] == records["T_total"].median()
-    assert statistics["T_total"]["P99"]["high"] is None  # 60 requests cannot bound it
-    assert statistics["variance_budget"]["shares"]["tiling"]["value"] > 0.8
+    assert statistics["T_total"].max == records["T_total"].max()
+    assert statistics["T_total"].P50.value == records["T_total"].median()
+    assert statistics["T_total"].P99.high is None  # 60 requests cannot bound it
+    assert statistics["variance_budget"].shares["tiling"].value > 0.8
     assert len(result["results"]) == 60
     entry = result["results"][0]
     assert entry["T_system_total"] == entry["T_total"] + entry["T_data_processing"]
@@ -61,7 +61,7 @@ def test_constant_latencies_contradict_the_tail() -> None:
     records, requests = m.questions(50, spread=0.0)
     records["T_total"] = 100.0
     result, *_ = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
-    assert [claim["verdict"] for claim in result["claims"]] == ["contradicted"]
+    assert [claim.verdict for claim in result["claims"]] == ["contradicted"]
 
 
 def test_failed_runs_are_counted_and_never_averaged() -> None:
@@ -71,7 +71,7 @@ def test_failed_runs_are_counted_and_never_averaged() -> None:
     coverage = {**m.COVERAGE, "failed": 1}
     result, _, figure = exp1.report(m.options("exp1"), records, requests, coverage, m.ENVIRONMENT)
     assert len(result["results"]) == 29
-    assert result["statistics"]["T_total"]["n"] == 29
+    assert result["statistics"]["T_total"].n == 29
     assert any("1 runs failed" in text.get_text() for text in figure.texts)
 
 
@@ -81,11 +81,11 @@ def test_exp2_shares_are_those_of_the_formula(architecture: Any) -> None:
         m.options("exp2"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
     )
     share = records["T_vision_encoder"].sum() / records["T_total"].sum()
-    assert result["statistics"]["shares"]["T_vision_encoder"]["value"] == pytest.approx(share)
+    assert result["statistics"]["shares"]["T_vision_encoder"].value == pytest.approx(share)
     assert result["average_latencies"]["T_total"] == pytest.approx(records["T_total"].mean())
     assert result["parameters"]["params_projector"] == 20
     assert not {"image_id", "question_id", "example_id"} & set(result["average_latencies"])
-    assert [claim["verdict"] for claim in result["claims"]] == ["contradicted"]
+    assert [claim.verdict for claim in result["claims"]] == ["contradicted"]
     assert pie.axes
     assert bars.axes
 
@@ -103,13 +103,13 @@ def test_exp3_tells_the_encoders_crops_from_the_decoders_tokens() -> None:
         m.options("exp3"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}
     )
     found = result["statistics"]
-    assert found["encoder_per_crop"]["value"] == pytest.approx(m.CROP, rel=0.05)
-    assert found["prefill_per_token"]["value"] == pytest.approx(m.TOKEN, rel=0.1)
-    assert found["encoder_per_token"]["low"] < 0 < found["encoder_per_token"]["high"]
-    assert found["fits"]["T_LLM_prefill"]["slope"]["value"] == pytest.approx(m.TOKEN, rel=0.05)
+    assert found["encoder_per_crop"].value == pytest.approx(m.CROP, rel=0.05)
+    assert found["prefill_per_token"].value == pytest.approx(m.TOKEN, rel=0.1)
+    assert found["encoder_per_token"].low < 0 < found["encoder_per_token"].high
+    assert found["fits"]["T_LLM_prefill"].slope.value == pytest.approx(m.TOKEN, rel=0.05)
     assert len(result["results"]) == requests["request_id"].nunique()
     assert result["results"][0]["num_runs"] == 5
-    verdicts = {claim["name"]: claim["verdict"] for claim in result["claims"]}
+    verdicts = {claim.name: claim.verdict for claim in result["claims"]}
     assert verdicts["prefill_grows"] == "supported"
     assert figure.axes
 
@@ -120,10 +120,10 @@ def test_exp4_gives_the_cost_of_a_step(architecture: Any) -> None:
         m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}, architecture
     )
     found = result["statistics"]
-    assert found["fits"]["T_LLM_decode"]["slope"]["value"] == pytest.approx(m.STEP, rel=0.02)
-    assert found["step_growth"]["value"] == pytest.approx(1, abs=0.02)
-    assert found["exponent"]["value"] == pytest.approx(1, abs=0.02)
-    assert [claim["verdict"] for claim in result["claims"]] == ["supported"]
+    assert found["fits"]["T_LLM_decode"].slope.value == pytest.approx(m.STEP, rel=0.02)
+    assert found["step_growth"].value == pytest.approx(1, abs=0.02)
+    assert found["exponent"].value == pytest.approx(1, abs=0.02)
+    assert [claim.verdict for claim in result["claims"]] == ["supported"]
     assert [line["num_output_tokens"] for line in found["lengths"]] == [8, 16, 32, 64, 128]
 
 
@@ -171,13 +171,13 @@ def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
         sweeps.append(result)
     result, tables, figure = exp5.report(m.options("exp5"), *sweeps)
     found = result["statistics"]
-    assert found["ms_per_tflop"]["encoder"]["value"] == pytest.approx(m.CROP / 1e-3, rel=0.01)
-    assert found["ms_per_tflop"]["decode"]["value"] == pytest.approx(m.STEP / 1e-6, rel=0.01)
+    assert found["ms_per_tflop"]["encoder"].value == pytest.approx(m.CROP / 1e-3, rel=0.01)
+    assert found["ms_per_tflop"]["decode"].value == pytest.approx(m.STEP / 1e-6, rel=0.01)
     assert found["exp3"]["r_squared"] > 0.9
     assert found["exp4"]["r_squared"] > 0.9
     assert found["combined"]["r_squared"] < 0.5
-    assert found["held_out_error"]["tokens"]["value"] < 0.05
-    assert result["claims"][0]["verdict"] == "supported"
+    assert found["held_out_error"]["tokens"].value < 0.05
+    assert result["claims"][0].verdict == "supported"
     assert "FLOPs alone do not predict latency" in found["verdict"]
     assert set(result["exp3"]) == {"flops", "latencies", "vision_tokens"}
     assert set(result["exp4"]) == {"flops", "latencies", "output_tokens"}

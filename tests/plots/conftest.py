@@ -1,5 +1,6 @@
 """Made-up records and statistics of the shapes that the experiments give."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,14 @@ import pytest
 
 from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.records import measured_table
+from vlm_latency.statistics import (
+    Comparison,
+    Estimate,
+    TableComparison,
+    VarianceBudget,
+    linear_fit,
+    summary,
+)
 
 PARAMETERS = {
     "params_vision_encoder": 289_000_000,
@@ -32,51 +41,13 @@ EXPERTS = {
 
 def estimate(value, share=0.04, **more):
     """An estimate as statistics give it, `share` to both sides."""
-    return {
-        "value": value,
-        "low": value - abs(share * value),
-        "high": value + abs(share * value),
-        "level": 0.95,
-        "n": 40,
-        "method": "made up",
-        "note": "",
-        **more,
-    }
+    half = abs(share * value)
+    return replace(Estimate(value, value - half, value + half, 0.95, 40, "made up"), **more)
 
 
 def fit(x, y):
     """A straight line as statistics give it, with a band."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    slope, intercept = np.polyfit(x, y, 1) if np.ptp(x) else (0.0, y.mean())
-    over = np.linspace(x.min(), x.max(), 20)
-    line = intercept + slope * over
-    band = {"x": over.tolist(), "low": (0.97 * line).tolist(), "high": (1.03 * line).tolist()}
-    return {
-        "slope": estimate(float(slope)),
-        "intercept": estimate(float(intercept)),
-        "r_squared": 0.98,
-        "n": x.size,
-        "method": "made up",
-        "band": band,
-    }
-
-
-def summary(values):
-    """What `statistics.summary` gives."""
-    p50, p95, p99 = np.percentile(values, [50, 95, 99])
-    return {
-        "n": len(values),
-        "mean": estimate(float(np.mean(values))),
-        "std": float(np.std(values)),
-        "min": float(np.min(values)),
-        "max": float(np.max(values)),
-        "P50": estimate(p50, 0.02),
-        "P95": estimate(p95, 0.05),
-        "P99": estimate(
-            p99, 0.1, high=None, note="the upper bound of P99 needs n >= 368 (found 200)"
-        ),
-        "tail_ratio": estimate(p99 / p50, 0.1) if p50 else None,
-    }
+    return linear_fit(np.asarray(x, float), np.asarray(y, float)).banded(x)
 
 
 def records(tiles, lengths, runs=1, seed=0):
@@ -148,10 +119,18 @@ def exp1(n=200):
         statistics={
             "T_total": summary(table["T_total"]),
             "T_first_token": summary(table["T_first_token"]),
-            "variance_budget": {
-                "shares": {name: estimate(share, 0.15) for name, share in shares.items()},
-                "verdict": "content",
-            },
+            "variance_budget": VarianceBudget(
+                response="T_total",
+                std=1.0,
+                noise_std=0.1,
+                shares={name: estimate(share, 0.15) for name, share in shares.items()},
+                tail_content=estimate(0.9),
+                verdict="content",
+                sentence="",
+                n_requests=n,
+                n_repeated=0,
+                method="made up",
+            ),
         },
     )
 
@@ -195,6 +174,7 @@ def exp4(lengths=(8, 16, 32, 64, 128, 256, 512)):
             "fits": {
                 name: fit(table["num_output_tokens"], table[name])
                 for name in ("T_LLM_decode", "T_total")
+                if len(lengths) > 1
             },
             "lengths": [
                 {"num_output_tokens": int(n), **{p: estimate(float(row[p])) for p in parts}}
@@ -308,14 +288,11 @@ def calibrated():
 def compared(ratio=1.1):
     verdict = "SAME" if ratio == 1 else "SLOWER"
     parts = ("T_total", "T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode")
-    return {
-        "verdict": verdict,
-        "n_matched": 40,
-        "components": {
-            part: {"ratio": estimate(ratio, 0.01 + 0.005 * i), "verdict": verdict}
-            for i, part in enumerate(parts)
-        },
+    components = {
+        part: Comparison(estimate(ratio, 0.01 + 0.005 * i), verdict, True, 0.01, 0.02, 1.0, 1.0, 40)
+        for i, part in enumerate(parts)
     }
+    return TableComparison(verdict, components, (), (), 40, (), (), ())
 
 
 def predicted():

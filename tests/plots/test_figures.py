@@ -1,6 +1,7 @@
 """What each figure shows: the input's numbers in its words, a mark for every run, nothing else."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from vlm_latency.plots import (
     prediction,
     vision_sweep,
 )
+from vlm_latency.plots.notation import interval
 from vlm_latency.plots.style import COLOURS, FigureContext, Style
+from vlm_latency.statistics import TableComparison
 
 
 def words(figure):
@@ -114,9 +117,9 @@ class TestDistribution:
             distribution.latency_distribution(one.records, one.statistics, context, Style())
         )
         summary = one.statistics["T_total"]
-        assert f"take {summary['P50']['value']:.0f} ms or less" in shown
-        assert f"P99/P50 = {summary['tail_ratio']['value']:.2f} [" in shown
-        assert f"P99 {summary['P99']['value']:.0f} [{summary['P99']['low']:.0f}, ?]" in shown
+        assert f"take {summary.P50.value:.0f} ms or less" in shown
+        assert f"P99/P50 = {interval(summary.tail_ratio)}" in shown.replace("\n", " ")
+        assert f"P99 {interval(summary.P99)}" in shown
         assert "needs n ≥ 368" in shown
         assert "The tail lies in the content" in shown
 
@@ -175,10 +178,10 @@ class TestComposition:
         bars = panel(figure, "Stacked").patches
         stacked, cascade, preprocessing = bars[:5], bars[5:10], bars[10]
         means = two.statistics["means"]
-        assert sum(bar.get_width() for bar in stacked) == pytest.approx(means["T_total"]["value"])
+        assert sum(bar.get_width() for bar in stacked) == pytest.approx(means["T_total"].value)
         for first, second in zip(stacked, cascade, strict=True):
             assert first.get_x() == second.get_x() and first.get_width() == second.get_width()
-        assert preprocessing.get_width() == pytest.approx(means["T_preprocess"]["value"])
+        assert preprocessing.get_width() == pytest.approx(means["T_preprocess"].value)
         assert to_hex(cascade[2].get_facecolor()) == COLOURS["T_LLM_prefill"].lower()
         assert len(panel(figure, "Stacked").containers) >= 12  # 11 bars and their error bars
         assert points(panel(figure, "Stacked")) == 6 * len(two.records)
@@ -207,7 +210,7 @@ class TestVisionSweep:
         shown = words(figure).replace("\n", " ")
         assert "a crop costs the encoder 20.1 ms [19.3, 20.9]" in shown
         assert "a token the prefill 110.0 µs [105.6, 114.4]" in shown
-        slope = 1000 * three.statistics["fits"]["T_LLM_prefill"]["slope"]["value"]
+        slope = 1000 * three.statistics["fits"]["T_LLM_prefill"].slope.value
         assert f"LLM prefill: {slope:.1f} [" in shown
         for heading, times in (("Whole request", 1), ("Components", 3)):
             assert points(panel(figure, heading)) == times * len(three.records)
@@ -248,13 +251,13 @@ class TestLanguageSweep:
             four.records, four.statistics, context, Style()
         )
         shown = words(figure).replace("\n", " ")
-        slope = four.statistics["fits"]["T_LLM_decode"]["slope"]["value"]
+        slope = four.statistics["fits"]["T_LLM_decode"].slope.value
         assert f"each output token takes {slope:.2f} ms" in shown
         assert "1024, 2048, 4096 tokens do not fit the model" in shown
-        first = four.statistics["prefill"]["value"]
+        first = four.statistics["prefill"].value
         assert f"time to first token: {first:.0f} ms" in shown
         for row in four.statistics["lengths"]:
-            share = row["T_LLM_decode"]["value"] / row["T_total"]["value"]
+            share = row["T_LLM_decode"].value / row["T_total"].value
             assert f"{100 * share:.0f} %" in shown
         assert len(panel(figure, "Composition").patches) == 4 * 7
 
@@ -295,7 +298,7 @@ class TestFlops:
         assert points(panel(figure, "Both sweeps")) == 64
         line = panel(figure, "Vision sweep").lines[0]
         rise = np.ptp(line.get_ydata()) / np.ptp(line.get_xdata())
-        assert rise == pytest.approx(five.statistics["exp3"]["fit"]["slope"]["value"] * 1e12)
+        assert rise == pytest.approx(five.statistics["exp3"]["fit"].slope.value * 1e12)
 
     def test_small_models_count_in_smaller_units(self, made, context):
         five = made.exp5()
@@ -352,7 +355,9 @@ class TestComparison:
 
     def test_wide_intervals_get_a_logarithmic_axis(self, made, context):
         wide = made.compared()
-        wide["components"]["T_total"]["ratio"] |= {"low": 0.1, "high": 40.0}
+        total = wide.components["T_total"]
+        ratio = replace(total.ratio, low=0.1, high=40.0)
+        wide.components["T_total"] = replace(total, ratio=ratio)
         figure = comparison.ratios({"new": wide}, "old", 0.02, context, Style())
         assert figure.axes[0].get_xscale() == "log"
 
@@ -362,8 +367,8 @@ class TestComparison:
         assert "4 comparisons with old: 3 SLOWER, 1 SAME" in shown
 
     def test_nothing_in_common(self, context):
-        nothing = {"new": {"verdict": None, "n_matched": 0, "components": {}}}
-        figure = comparison.ratios(nothing, "old", 0.02, context, Style())
+        nothing = TableComparison(None, {}, (), (), 0, (), (), ())
+        figure = comparison.ratios({"new": nothing}, "old", 0.02, context, Style())
         assert "nothing to compare" in words(figure)
 
 

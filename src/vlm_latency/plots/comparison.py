@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
@@ -22,13 +22,16 @@ from vlm_latency.plots.style import (
     whiskers,
 )
 
+if TYPE_CHECKING:
+    from vlm_latency.statistics import TableComparison
+
 VERDICTS = {"FASTER": "#009E73", "SLOWER": "#D55E00", "SAME": "#333333", "UNDECIDED": MUTED}
 MARKERS = "os^Dv<>P"
 FEW = 3  # comparisons that a title can tell one by one
 
 
 def ratios(
-    comparisons: Mapping[str, Mapping[str, Any]],
+    comparisons: Mapping[str, TableComparison],
     baseline: str,
     margin: float,
     context: FigureContext,
@@ -38,17 +41,14 @@ def ratios(
 
     Parameters
     ----------
-    comparisons : mapping of candidate's name to mapping
-        What `statistics.compare_tables` gives as a dict: `verdict`, `n_matched`, `components` (by
-        column name: `ratio`, `verdict`). Several candidates stand below each other.
+    comparisons : mapping of candidate's name to TableComparison
+        Several candidates stand below each other.
     baseline : str
         What they are compared with.
     margin : float
         Differences up to this share do not matter; drawn as a band.
     """
-    names = list(
-        dict.fromkeys(name for c in comparisons.values() for name in c.get("components", {}))
-    )
+    names = list(dict.fromkeys(name for c in comparisons.values() for name in c.components))
     count = max(1, len(comparisons))
     row = (0.34 if count == 1 else 0.2) * (1.4 if style.paper else 1.0)  # inches
     with style.applied():
@@ -64,19 +64,17 @@ def ratios(
         shown = []
         for i, (run, result) in enumerate(comparisons.items()):
             for j, name in enumerate(names):
-                entry = result.get("components", {}).get(name)
-                if entry is None or not ends(entry["ratio"])[0] > 0:
+                entry = result.components.get(name)
+                if entry is None or not ends(entry.ratio)[0] > 0:
                     continue
-                shown += [
-                    bound for bound in ends(entry["ratio"]) if bound is not None and bound > 0
-                ]
+                shown += [bound for bound in ends(entry.ratio) if bound is not None and bound > 0]
                 y = j + (i - (count - 1) / 2) * 0.7 / count
-                value = ends(entry["ratio"])[0]
-                colour = VERDICTS.get(entry["verdict"], MUTED)
+                value = ends(entry.ratio)[0]
+                colour = VERDICTS.get(entry.verdict, MUTED)
                 plot.errorbar(
                     value,
                     y,
-                    xerr=whiskers(entry["ratio"]),
+                    xerr=whiskers(entry.ratio),
                     fmt=MARKERS[i % len(MARKERS)],
                     color=colour,
                     capsize=3,
@@ -84,7 +82,7 @@ def ratios(
                 plot.text(
                     1.01,
                     y,
-                    interval(entry["ratio"]) + ("" if style.paper else f"  {entry['verdict']}"),
+                    interval(entry.ratio) + ("" if style.paper else f"  {entry.verdict}"),
                     transform=plot.get_yaxis_transform(),
                     va="center",
                     size=small(),
@@ -114,15 +112,14 @@ def ratios(
     return figure
 
 
-def _title(comparisons: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+def _title(comparisons: Mapping[str, TableComparison], baseline: str) -> str:
     if len(comparisons) > FEW:
-        verdicts = Counter(result.get("verdict") or "UNDECIDED" for result in comparisons.values())
+        verdicts = Counter(result.verdict or "UNDECIDED" for result in comparisons.values())
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
         return f"{len(comparisons)} comparisons with {baseline}: {counts}"
     said = []
     for run, result in comparisons.items():
-        total = result.get("components", {}).get("T_total")
-        verdict = result.get("verdict") or "UNDECIDED"
-        ratio = f", T_total × {interval(total['ratio'])}" if total else ""
-        said.append(f"{run} is {verdict}{ratio} ({result.get('n_matched', 0)} matched)")
+        total = result.components.get("T_total")
+        ratio = f", T_total × {interval(total.ratio)}" if total else ""
+        said.append(f"{run} is {result.verdict or 'UNDECIDED'}{ratio} ({result.n_matched} matched)")
     return f"Against {baseline}: " + ("; ".join(said) or "nothing to compare")

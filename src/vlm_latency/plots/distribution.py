@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,9 @@ from vlm_latency.plots.style import (
     whiskers,
 )
 
+if TYPE_CHECKING:
+    from vlm_latency.statistics import Estimate, Summary, VarianceBudget
+
 PERCENTILES = {"P50": "#009E73", "P95": "#E69F00", "P99": "#D55E00"}
 LOG_RATIO = 30  # a range wider than this is drawn on a logarithmic axis
 SOURCES = {
@@ -52,18 +55,16 @@ def latency_distribution(
         Reads `T_total`, `T_first_token` (ms), `tiling_rows`, `tiling_cols`, `num_crops`,
         `num_output_tokens` and `status`.
     statistics : mapping
-        `T_total` and, where measured, `T_first_token`: what `statistics.summary` gives as a dict
-        (`n`, `P50`, `P95`, `P99`, `tail_ratio`); `variance_budget`, optional: what
-        `statistics.variance_budget` gives as a dict (`shares`: estimates between 0 and 1 by the
-        names to draw; `verdict`).
+        `T_total` and, where measured, `T_first_token`: `statistics.Summary`;
+        `variance_budget`, optional: `statistics.VarianceBudget`.
     """
     rows = ok_rows(records)
     total = statistics["T_total"]
     with style.applied():
         title = (
-            f"{context.model}: half of the requests take {number(ends(total['P50'])[0])} ms or "
-            f"less, one in a hundred {number(ends(total['P99'])[0])} ms or more: P99/P50 = "
-            f"{interval(total.get('tail_ratio'))} (n = {total['n']:,})"
+            f"{context.model}: half of the requests take {number(ends(total.P50)[0])} ms or "
+            f"less, one in a hundred {number(ends(total.P99)[0])} ms or more: P99/P50 = "
+            f"{interval(total.tail_ratio)} (n = {total.n:,})"
         )
         figure, axes = panels(
             style,
@@ -74,7 +75,7 @@ def latency_distribution(
         _histogram(axes["histogram"], rows, "T_total", total)
         _cdf(axes["cdf"], rows, statistics)
         _histogram(axes["first"], rows, "T_first_token", statistics.get("T_first_token"))
-        threshold = ends(total["P99"])[0]
+        threshold = ends(total.P99)[0]
         _by_tiling(axes["tiling"], rows, threshold)
         _by_length(axes["length"], rows, threshold)
         _variance(axes["variance"], statistics.get("variance_budget"))
@@ -90,9 +91,7 @@ def _is_wide(values: NDArray[np.float64]) -> bool:
     return bool(values.min() > 0 and values.max() / values.min() > LOG_RATIO)
 
 
-def _histogram(
-    axes: Axes, rows: pd.DataFrame, name: str, summary: Mapping[str, Any] | None
-) -> None:
+def _histogram(axes: Axes, rows: pd.DataFrame, name: str, summary: Summary | None) -> None:
     values = _finite(rows, name)
     heading = "Whole request" if name == "T_total" else LABELS[name].capitalize()
     headline(axes, heading)
@@ -107,8 +106,9 @@ def _histogram(
     axes.hist(values, bins=edges.tolist(), color=COLOURS[name], alpha=0.55)
     notes = []
     for percentile, colour in PERCENTILES.items():
-        value, low, high = ends(summary[percentile])
-        axes.axvline(value, color=colour, label=f"{percentile} {interval(summary[percentile])}")
+        statistic: Estimate = getattr(summary, percentile)
+        value, low, high = ends(statistic)
+        axes.axvline(value, color=colour, label=f"{percentile} {interval(statistic)}")
         axes.axvspan(
             values.min() if low is None else low,
             values.max() if high is None else high,
@@ -116,9 +116,8 @@ def _histogram(
             alpha=0.18,
             linewidth=0,
         )
-        statistic = summary[percentile]
-        if isinstance(statistic, Mapping) and statistic.get("note"):
-            notes.append(str(statistic["note"]))
+        if statistic.note:
+            notes.append(statistic.note)
     axes.set(xlabel=f"{name} (ms)", ylabel="requests")
     said = [note.partition(" (found")[0].replace(">=", "≥") for note in dict.fromkeys(notes)]
     needs = [line for note in said for line in textwrap.wrap(note, 40)]
@@ -138,9 +137,9 @@ def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
         axes.ecdf(values, color=COLOURS[name], label=f"{name} (n = {values.size:,})")
         for percentile in PERCENTILES:
             axes.errorbar(
-                ends(summary[percentile])[0],
+                ends(getattr(summary, percentile))[0],
                 int(percentile[1:]) / 100 - 0.006 * len(drawn),  # side by side, not on each other
-                xerr=whiskers(summary[percentile]),
+                xerr=whiskers(getattr(summary, percentile)),
                 color=COLOURS[name],
                 fmt="o",
                 capsize=3,
@@ -233,11 +232,11 @@ def _by_length(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
     return None
 
 
-def _variance(axes: Axes, budget: Mapping[str, Any] | None) -> None:
-    headline(axes, SOURCES.get((budget or {}).get("verdict", ""), "Where the spread comes from"))
-    shares = {k: v for k, v in (budget or {}).get("shares", {}).items() if np.isfinite(ends(v)[0])}
+def _variance(axes: Axes, budget: VarianceBudget | None) -> None:
+    headline(axes, SOURCES.get(budget.verdict if budget else "", "Where the spread comes from"))
+    shares = {k: v for k, v in (budget.shares if budget else {}).items() if v.value is not None}
     if not shares:
-        return nothing(axes, textwrap.fill((budget or {}).get("sentence", "not analysed"), 30))
+        return nothing(axes, textwrap.fill(budget.sentence if budget else "not analysed", 30))
     for i, (name, share) in enumerate(shares.items()):
         value = 100 * ends(share)[0]
         colour = ALARM if name in {"noise", "unexplained"} else COLOURS["T_vision_encoder"]

@@ -56,7 +56,7 @@ def flops_vs_latency(
         optional, the held-out predictions `predicted_flops`, `predicted_roofline_calibrated` (ms).
     statistics : mapping
         `exp3`, `exp4`, `combined`: each with `r_squared`, `pearson`, `spearman` (estimates or
-        numbers) and `fit` (`slope` in ms per FLOP, `intercept` in ms; optional `band`), or None;
+        numbers) and `fit` (`statistics.BandedFit`, ms over FLOP), or None;
         `ms_per_tflop`, optional: estimates by `encoder`, `prefill`, `decode`; `held_out_error`,
         optional: mean absolute errors (estimates, 1 is 100 %) by `flops`, `tokens`, `roofline_nominal`,
         `roofline_calibrated`; `estimator`: name of the FLOPs' estimator.
@@ -121,14 +121,7 @@ def _scatter(
                 flops[chosen], latency[chosen], color=colour, marker=marker, label=label, **style
             )
     if measures:
-        fit = measures.get("fit")
-        scaled = None
-        if fit:
-            slope = ends(fit["slope"])[0] * unit
-            scaled = {"slope": slope, "intercept": fit["intercept"]}
-            if band := fit.get("band"):
-                scaled["band"] = {**band, "x": np.array(band["x"], dtype=float) / unit}
-        draw_fit(axes, scaled, flops[known], "black", "linear fit")
+        draw_fit(axes, measures["fit"], "black", "linear fit", unit=unit)
         for key, label in (("r_squared", "R²"), ("pearson", "Pearson"), ("spearman", "Spearman")):
             value = measures.get(key)
             # A number without an interval keeps its digits: an R² of 0.9996 is not 1.

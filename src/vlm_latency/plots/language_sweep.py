@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from vlm_latency.plots.style import (
     small,
     whiskers,
 )
+
+if TYPE_CHECKING:
+    from vlm_latency.statistics import BandedFit
 
 STACK = ("T_vision_total", "T_LLM_prefill", "T_LLM_decode", "T_other")
 
@@ -53,8 +56,8 @@ def language_tokens_vs_latency(
     rows = ok_rows(records)
     fits = statistics["fits"]
     said = []
-    if fits.get("T_LLM_decode"):
-        said.append(f"each output token takes {interval(fits['T_LLM_decode']['slope'], 'ms')}")
+    if "T_LLM_decode" in fits:
+        said.append(f"each output token takes {interval(fits['T_LLM_decode'].slope, 'ms')}")
     if statistics.get("step_growth") is not None:
         said.append(f"the last step takes {interval(statistics['step_growth'])} × the first")
     if dropped := statistics.get("dropped_lengths"):
@@ -84,15 +87,15 @@ def language_tokens_vs_latency(
     return figure
 
 
-def _line(axes: Axes, rows: pd.DataFrame, fits: Mapping[str, Any], name: str) -> None:
+def _line(axes: Axes, rows: pd.DataFrame, fits: Mapping[str, BandedFit], name: str) -> None:
     x, y = column(rows, "num_output_tokens"), column(rows, name)
     known = np.isfinite(x) & np.isfinite(y)
     if not known.any():
         return nothing(axes)
     axes.scatter(x[known], y[known], color=COLOURS[name], **point_style(int(known.sum())))
     fit = fits.get(name)
-    label = f"line: {interval(fit['slope'], 'ms')} per token" if fit else ""
-    draw_fit(axes, fit, x[known], COLOURS[name], label)
+    label = f"line: {interval(fit.slope, 'ms')} per token" if fit else ""
+    draw_fit(axes, fit, COLOURS[name], label)
     axes.set(xlabel="output tokens", ylabel=f"{name} (ms)")
     axes.set_ylim(bottom=min(0.0, float(y[known].min())))
     headroom(axes, 2)

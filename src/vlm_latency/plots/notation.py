@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-Statistic = Mapping[str, Any] | float | int | None
+if TYPE_CHECKING:
+    from vlm_latency.statistics import Estimate
+
+# An estimate, as statistics give it or as a result on disk has it; a bare number has no interval.
+Statistic: TypeAlias = "Estimate | Mapping[str, Any] | float | int | None"
 
 
 def ends(statistic: Statistic) -> tuple[float, float | None, float | None]:
-    """Take a number, or a dict with `value`, `low` and `high`, apart; NaN where there is none."""
+    """Take an estimate or a number apart: value, low, high; NaN where there is no value."""
     if isinstance(statistic, Mapping):
         value, low, high = (statistic.get(key) for key in ("value", "low", "high"))
-    else:
+    elif statistic is None or isinstance(statistic, float | int):
         value, low, high = statistic, None, None
+    else:
+        value, low, high = statistic.value, statistic.low, statistic.high
     return (
         math.nan if value is None else float(value),
         None if low is None or not math.isfinite(low) else float(low),
@@ -53,7 +59,8 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     unit = f" {unit}" if unit else ""
     bounds = [scale * bound for bound in (low, high) if bound is not None]
     if not bounds:
-        missing = " [?, ?]" if isinstance(statistic, Mapping) and math.isfinite(value) else ""
+        bare = statistic is None or isinstance(statistic, float | int)
+        missing = " [?, ?]" if not bare and math.isfinite(value) else ""
         return number(scale * value) + unit + missing
     drawn = [*bounds, scale * value]
     width = max(drawn) - min(drawn)

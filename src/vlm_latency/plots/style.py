@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 import numpy as np
@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 
 from vlm_latency.options import FigureOptions
 from vlm_latency.plots.notation import Statistic, ends
+
+if TYPE_CHECKING:
+    from vlm_latency.statistics import BandedFit
 
 # Okabe and Ito's colours (2008), told apart with every common colour vision. One per quantity.
 COLOURS = {
@@ -340,24 +343,20 @@ def point_style(count: int) -> dict[str, Any]:
 
 
 def draw_fit(
-    axes: Axes, fit: Mapping[str, Any] | None, x: NDArray[np.float64], colour: str, label: str
+    axes: Axes, fit: BandedFit | None, colour: str, label: str, *, unit: float = 1.0
 ) -> None:
-    """Draw a straight line with its band over the range of `x`.
+    """Draw a straight line with its band; nothing for None.
 
     Parameters
     ----------
-    fit : mapping or None
-        Reads `slope` and `intercept` (estimates or numbers) and, where there is one, `band` with
-        the lists `x`, `low` and `high`. Nothing is drawn for None.
+    unit : float
+        What the axis counts in: 1e9 for GFLOP.
     """
-    x = x[np.isfinite(x)]
-    if not fit or not x.size:
+    if fit is None:
         return
-    over = np.linspace(x.min(), x.max(), 50)
-    slope, intercept = ends(fit.get("slope"))[0], ends(fit.get("intercept"))[0]
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        return
-    axes.plot(over, intercept + slope * over, color=colour, label=label, zorder=3)
-    if band := fit.get("band"):
-        low, high = (np.array(band[key], dtype=float) for key in ("low", "high"))
-        axes.fill_between(band["x"], low, high, color=colour, alpha=0.2, linewidth=0)
+    x = fit.band["x"]
+    line = ends(fit.intercept)[0] + ends(fit.slope)[0] * x
+    axes.plot(x / unit, line, color=colour, label=label, zorder=3)
+    axes.fill_between(
+        x / unit, fit.band["low"], fit.band["high"], color=colour, alpha=0.2, linewidth=0
+    )

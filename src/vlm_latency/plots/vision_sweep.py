@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from vlm_latency.plots.style import (
     point_style,
 )
 
+if TYPE_CHECKING:
+    from vlm_latency.statistics import BandedFit
+
 PANELS = {
     "total": ("Whole request", ("T_total",)),
     "prefill": ("LLM prefill", ("T_LLM_prefill",)),
@@ -49,8 +52,7 @@ def vision_tokens_vs_latency(
         `num_vision_patches`; `num_crops`, `pair`, `T_total`, `T_LLM_prefill`, `T_vision_encoder`,
         `T_projector` (ms) and `status`.
     statistics : mapping
-        `fits`: by column name, what `statistics.linear_fit` gives as a dict (`slope` in ms per
-        unit of the axis, `intercept`; optional `band` with the lists `x`, `low`, `high`);
+        `fits`: `statistics.BandedFit` by column name, ms per unit of the axis;
         `encoder_per_crop` and `prefill_per_token`, optional: estimates (ms) of the fit that tells
         crops from tokens; `exponent`, optional: estimate of the power law of T_total.
     """
@@ -59,8 +61,8 @@ def vision_tokens_vs_latency(
     x = column(rows, f"num_vision_{style.vision_axis}")
     fits = statistics["fits"]
     said = []
-    if fits.get("T_total"):
-        slope = interval(fits["T_total"]["slope"], "µs", 1000)
+    if "T_total" in fits:
+        slope = interval(fits["T_total"].slope, "µs", 1000)
         said.append(f"each vision {unit} costs {slope} of T_total")
     crops, tokens = (statistics.get(k) for k in ("encoder_per_crop", "prefill_per_token"))
     if crops is not None and tokens is not None:
@@ -88,7 +90,7 @@ def _panel(
     x: NDArray[np.float64],
     columns: tuple[str, ...],
     *,
-    fits: Mapping[str, Any],
+    fits: Mapping[str, BandedFit],
     unit: str,
 ) -> None:
     paired = rows["pair"].notna().to_numpy() if "pair" in rows else np.zeros(len(rows), bool)
@@ -106,9 +108,9 @@ def _panel(
         fit = fits.get(name)
         label = LABELS[name]
         if fit:
-            label += f": {interval(fit['slope'], '', 1000)} µs per {unit}"
+            label += f": {interval(fit.slope, '', 1000)} µs per {unit}"
         axes.plot([], [], color=colour, label=label)
-        draw_fit(axes, fit, x[known], colour, "_fit")
+        draw_fit(axes, fit, colour, "_fit")
     if not drawn:
         return nothing(axes)
     if paired.any():

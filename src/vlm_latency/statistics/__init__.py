@@ -31,6 +31,7 @@ from vlm_latency.statistics.comparison import (
     compare_tables,
 )
 from vlm_latency.statistics.fits import (
+    BandedFit,
     LinearFit,
     MultiLinearFit,
     PowerLawFit,
@@ -66,6 +67,7 @@ from vlm_latency.statistics.variance import VarianceBudget, variance_budget
 
 __all__ = [
     "AsGiven",
+    "BandedFit",
     "BreakPoint",
     "Claim",
     "Comparison",

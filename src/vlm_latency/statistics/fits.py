@@ -63,6 +63,25 @@ class LinearFit(Result):
         gradient = (ends[1] - ratio * ends[0]) / start
         return self.solution.estimate(float(ratio), gradient)
 
+    def banded(self, x: ArrayLike, points: int = 50) -> BandedFit:
+        """Return the line with its band at so many points over the range of `x`."""
+        x = np.asarray(x, float)
+        at = np.linspace(x.min(), x.max(), points)
+        band = dict(zip(("x", "low", "high"), (at, *self.band(at)), strict=True))
+        return BandedFit(self.slope, self.intercept, self.r_squared, self.n, self.method, band)
+
+
+@dataclass(frozen=True)
+class BandedFit(Result):
+    """A line with its confidence band, arrays `x`, `low` and `high`; see `LinearFit.banded`."""
+
+    slope: Estimate
+    intercept: Estimate
+    r_squared: float | None
+    n: int
+    method: str
+    band: dict[str, Floats] = field(repr=False)
+
 
 @dataclass(frozen=True)
 class MultiLinearFit(Result):

@@ -53,7 +53,6 @@ def compare_runs(
     if not comparisons:
         raise DataError("\n".join(f"{name}: {why}" for name, why in not_compared.items()))
     differences = {run.name: environment_differences(baseline, run) for run in candidates}
-    verdicts = {name: comparison.to_dict() for name, comparison in comparisons.items()}
     said = [mark for run in runs for result in run.results.values() for mark in marks(result)]
     said += [
         f"{name}: another {', '.join(differing)}"
@@ -79,12 +78,12 @@ def compare_runs(
         "runs": [run.name for run in candidates],
         "margin": options.compare.margin,
         "options": {"compare": options.compare.model_dump(mode="json")},
-        "comparisons": verdicts,
+        "comparisons": comparisons,
         "not_compared": not_compared,
         "environment_differences": differences,
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
-    figure = ratios(verdicts, baseline.name, options.compare.margin, context, style)
+    figure = ratios(comparisons, baseline.name, options.compare.margin, context, style)
     return result, {"compare": _table(comparisons)}, figure
 
 

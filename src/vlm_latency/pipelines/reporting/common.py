@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
@@ -20,7 +19,7 @@ from vlm_latency.records import (
 
 if TYPE_CHECKING:
     from vlm_latency.plots.style import FigureContext
-    from vlm_latency.statistics import Estimate
+    from vlm_latency.statistics import BandedFit, Claim, Estimate
 
 # What an entry holds beside its times and counts; everything else is in the records.
 _ENTRY_TEXTS = ("grid", "resolution", "pair", "generated_text", "image_id", "question_id")
@@ -111,10 +110,14 @@ def frame(
     options: ExperimentOptions,
     environment: dict[str, Any],
     coverage: dict[str, Any],
-    statistics: dict[str, Any],
-    claims: Sequence[Any],
+    statistics: Mapping[str, Any],
+    claims: Sequence[Claim],
 ) -> dict[str, Any]:
-    """Give the top level that every result has beside the seed's own keys."""
+    """Give the top level that every result has beside the seed's own keys.
+
+    Statistics and claims are handed on as the objects they are: the dataset that writes the
+    result makes JSON of them.
+    """
     if environment["model"].get("engine") == "compiled":
         statistics = {**statistics, "notes": [*(statistics.get("notes") or ()), COMPILED_STEP]}
     return {
@@ -126,7 +129,7 @@ def frame(
         "options": options.model_dump(mode="json"),
         "statistics": statistics,
         "coverage": coverage,
-        "claims": [claim.to_dict() for claim in claims],
+        "claims": list(claims),
     }
 
 
@@ -179,14 +182,8 @@ def unless_impossible(
 
 def fits(
     rows: pd.DataFrame, x: str, names: Sequence[str], notes: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Fit lines of several columns over one, with their bands for the figures.
-
-    Returns
-    -------
-    dict
-        Column → ``statistics.LinearFit`` as a dict, with ``band`` (lists ``x``, ``low``, ``high``).
-    """
+) -> dict[str, BandedFit]:
+    """Fit lines of several columns over one, with their bands for the figures."""
     from vlm_latency.statistics import linear_fit
 
     found = {}
@@ -199,9 +196,7 @@ def fits(
             notes, f"line of {name}", linear_fit, axis, known[name], known["request_id"]
         )
         if fit is not None:
-            at = np.linspace(axis.min(), axis.max(), 50)
-            low, high = fit.band(at)
-            found[name] = {**fit.to_dict(), "band": {"x": at, "low": low, "high": high}}
+            found[name] = fit.banded(axis)
     return found
 
 
@@ -232,7 +227,7 @@ def clusters(rows: pd.DataFrame) -> pd.Series:
     return rows["image_id"].astype("string").fillna(rows["request_id"])
 
 
-def estimates_table(found: dict[str, Any], unit: str) -> pd.DataFrame:
+def estimates_table(found: Mapping[str, Estimate], unit: str) -> pd.DataFrame:
     """Put estimates by name into a table for people."""
     return pd.DataFrame(
         [
@@ -249,17 +244,17 @@ def estimates_table(found: dict[str, Any], unit: str) -> pd.DataFrame:
     )
 
 
-def slopes_table(lines: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def slopes_table(lines: Mapping[str, BandedFit]) -> pd.DataFrame:
     """Put fitted lines side by side."""
     return pd.DataFrame(
         [
             {
                 "quantity": name,
-                "ms per token": fit["slope"]["value"],
-                "low": fit["slope"]["low"],
-                "high": fit["slope"]["high"],
-                "R²": fit["r_squared"],
-                "intercept ms": fit["intercept"]["value"],
+                "ms per token": fit.slope.value,
+                "low": fit.slope.low,
+                "high": fit.slope.high,
+                "R²": fit.r_squared,
+                "intercept ms": fit.intercept.value,
             }
             for name, fit in lines.items()
         ]

@@ -13,6 +13,8 @@ from vlm_latency.pipelines.reporting import common
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlm_latency.statistics import Estimate, Summary
+
 # Entry key of the seed's files → column.
 ENTRY = {
     "example_id": "question_id",
@@ -52,8 +54,8 @@ def report(
     )
     total = summaries["T_total"]
     found: dict[str, Any] = {
-        **{name: summary.to_dict() for name, summary in summaries.items()},
-        "variance_budget": budget.to_dict() if budget else None,
+        **summaries,
+        "variance_budget": budget,
         "outliers": outliers(rows),
         "accuracy": accuracy(rows, requests, environment),
         "notes": notes,
@@ -94,7 +96,7 @@ def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict
 
 def accuracy(
     rows: pd.DataFrame, requests: pd.DataFrame, environment: dict[str, Any]
-) -> dict[str, Any]:
+) -> Estimate | dict[str, Any]:
     """Give the official VQA accuracy of the generated answers, where they mean something."""
     from vlm_latency.statistics import bootstrap_mean
     from vlm_latency.vqa import vqa_accuracy
@@ -112,7 +114,7 @@ def accuracy(
             judged["generated_text"].fillna(""), judged["request_id"], strict=True
         )
     ]
-    return bootstrap_mean(scores, common.clusters(judged)).to_dict()
+    return bootstrap_mean(scores, common.clusters(judged))
 
 
 def outliers(rows: pd.DataFrame) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def outliers(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def percentiles_table(summaries: dict[str, Any]) -> pd.DataFrame:
+def percentiles_table(summaries: dict[str, Summary]) -> pd.DataFrame:
     """Put distributions side by side."""
     lines = []
     for name, summary in summaries.items():

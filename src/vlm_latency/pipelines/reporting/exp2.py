@@ -47,9 +47,9 @@ def report(
         )
     entries = question_entries(records, requests)
     found = {
-        "means": {name: mean.to_dict() for name, mean in means.items()},
-        "shares": {name: share.to_dict() for name, share in shares.items()},
-        "llm_share": llm.to_dict() if llm else None,
+        "means": means,
+        "shares": shares,
+        "llm_share": llm,
         "n": len(entries),
         "outliers": outliers(rows),
     }

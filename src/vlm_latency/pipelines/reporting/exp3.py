@@ -13,6 +13,8 @@ from vlm_latency.pipelines.reporting.exp1 import outliers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlm_latency.statistics import Estimate
+
 FITTED = ("T_total", "T_first_token", "T_vision_encoder", "T_projector", "T_LLM_prefill")
 
 
@@ -60,9 +62,9 @@ def report(
     found = {
         "axis": axis,
         "fits": lines,
-        "exponent": exponent.exponent.to_dict() if exponent else None,
-        "staircase": steps.to_dict() if steps else None,
-        "linearity": bend.to_dict() if bend else None,
+        "exponent": exponent.exponent if exponent else None,
+        "staircase": steps,
+        "linearity": bend,
         "encoder_per_crop": encoder.get("num_crops"),
         "encoder_per_token": encoder.get("num_vision_tokens"),
         "prefill_per_crop": prefill.get("num_crops"),
@@ -73,10 +75,10 @@ def report(
     figure = vision_tokens_vs_latency(
         rows, found, common.context(options, environment, coverage), Style.of(options.figures)
     )
-    slope = lines.get("T_LLM_prefill", {}).get("slope")
+    prefill_line = lines.get("T_LLM_prefill")
     claims = [
         st.vision_sublinear_claim(exponent.exponent if exponent else None),
-        st.prefill_grows_claim(st.Estimate(**slope) if slope else None),
+        st.prefill_grows_claim(prefill_line.slope if prefill_line else None),
     ]
     table = common.entries(records, requests, common.COSTS)
     result = {
@@ -87,9 +89,7 @@ def report(
     return result, {"grids": _grids(table), "slopes": common.slopes_table(lines)}, figure
 
 
-def _crops_and_tokens(
-    rows: pd.DataFrame, column: str, notes: list[str]
-) -> dict[str, dict[str, Any]]:
+def _crops_and_tokens(rows: pd.DataFrame, column: str, notes: list[str]) -> dict[str, Estimate]:
     """Tell the cost of a crop from the cost of a token; needs grids of equal crops."""
     from vlm_latency.statistics import multi_linear_fit
 
@@ -106,7 +106,7 @@ def _crops_and_tokens(
         names,
         known["request_id"],
     )
-    return {name: fit.coefficients[name].to_dict() for name in names} if fit else {}
+    return fit.coefficients if fit else {}
 
 
 def _grids(table: pd.DataFrame) -> pd.DataFrame:

@@ -61,11 +61,11 @@ def report(
     prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
     found: dict[str, Any] = {
         "fits": lines,
-        "exponent": exponent.exponent.to_dict() if exponent else None,
+        "exponent": exponent.exponent if exponent else None,
         "lengths": _lengths(rows),
-        "prefill": prefill.to_dict() if prefill else None,
+        "prefill": prefill,
         "steps": _smooth(steps),
-        "step_growth": growth.to_dict() if growth else None,
+        "step_growth": growth,
         "dropped_lengths": sorted(too_long(options, model)),
         "outliers": outliers(rows),
         "notes": notes,
@@ -84,7 +84,7 @@ def report(
     lengths = pd.DataFrame(
         [
             {"num_output_tokens": line["num_output_tokens"]}
-            | {name: line[name]["value"] for name in common.MEANS if name in line}
+            | {name: line[name].value for name in common.MEANS if name in line}
             for line in found["lengths"]
         ]
     )
@@ -94,8 +94,7 @@ def report(
 def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Average every component at every length."""
     return [
-        {"num_output_tokens": length, "n": len(group)}
-        | {name: mean.to_dict() for name, mean in common.means(group).items()}
+        {"num_output_tokens": length, "n": len(group)} | common.means(group)
         for length, group in rows.groupby(rows["num_output_tokens"].astype(int))
     ]
 

@@ -15,6 +15,8 @@ from vlm_latency.results import entry_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlm_latency.statistics import Claim, Estimate
+
 SWEEPS = {"exp3": "num_vision_tokens", "exp4": "num_output_tokens"}
 SUFFIXES = {"analytic": "_analytic", "counted": "_counted", "parameter_rule": "_rule"}
 # What a TFLOP costs where: regime → (sweep, part).
@@ -162,21 +164,19 @@ def _association(points: pd.DataFrame, column: str, notes: list[str]) -> dict[st
         if fit is None or both is None:
             found[name] = None
             continue
-        at = np.linspace(x.min(), x.max(), 50)
-        low, high = fit.band(at)
         found[name] = {
             "r_squared": fit.r_squared,
-            "pearson": both.pearson.to_dict() if both.pearson else None,
-            "spearman": both.spearman.to_dict() if both.spearman else None,
+            "pearson": both.pearson,
+            "spearman": both.spearman,
             "slope": fit.slope.value,
             "intercept": fit.intercept.value,
-            "fit": {**fit.to_dict(), "band": {"x": at, "low": low, "high": high}},
+            "fit": fit.banded(x),
             "n": len(rows),
         }
     return found
 
 
-def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
+def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
     """What a TFLOP takes in the encoder, in prefill and in decode, milliseconds."""
     from vlm_latency.statistics import bootstrap_ratio
 
@@ -197,11 +197,11 @@ def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
             rows[column].astype(float) / 1e12,
         )
         if ratio is not None:
-            found[regime] = ratio.to_dict()
+            found[regime] = ratio
     return found
 
 
-def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
+def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | None]:
     """Fit FLOPs on one sweep, predict the other: the mean absolute error as a share."""
     from vlm_latency.statistics import nnls_relative_fit, transfer_error
 
@@ -218,7 +218,7 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Any]:
         error = common.unless_impossible(
             notes, f"{train} predicts {test}", transfer_error, nnls_relative_fit, *sides
         )
-        found[f"{train} predicts {test}"] = error.to_dict() if error else None
+        found[f"{train} predicts {test}"] = error
     return found
 
 
@@ -230,8 +230,7 @@ def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
 
 def _on_shapes(points: pd.DataFrame, compute: Any, what: str, notes: list[str]) -> Any:
     shapes = _shape_means(points)
-    value = common.unless_impossible(notes, what, compute, shapes["flops_total"], shapes["T_total"])
-    return value.to_dict() if value else None
+    return common.unless_impossible(notes, what, compute, shapes["flops_total"], shapes["T_total"])
 
 
 def _iso(points: pd.DataFrame, notes: list[str]) -> dict[str, Any] | None:
@@ -244,10 +243,10 @@ def _iso(points: pd.DataFrame, notes: list[str]) -> dict[str, Any] | None:
     )
     if found is None:
         return None
-    named = found.to_dict()
+    named = dict(vars(found))
     if found.max_pair is not None:
         named["max_pair"] = shapes.iloc[list(found.max_pair)].to_dict("records")
-    return dict(named)
+    return named
 
 
 def _held_out(
@@ -282,15 +281,15 @@ def _held_out(
     best = "roofline_calibrated" if "roofline_calibrated" in looked_at else "tokens"
     predicted = {f"predicted_{name}": values for name, values in found.predicted.items()}
     return {
-        "mape": {name: value.to_dict() for name, value in found.mape.items()},
-        "median_error": {name: value.to_dict() for name, value in found.median_error.items()},
+        "mape": found.mape,
+        "median_error": found.median_error,
         "n_groups": found.n_groups,
         "flops": found.mape["flops"],
         "ratio": found.error_ratio("flops", best),
     }, points.join(pd.DataFrame(predicted, index=points.index))
 
 
-def _verdict(found: dict[str, Any], claim: Any) -> str:
+def _verdict(found: dict[str, Any], claim: Claim) -> str:
     """Answer the question in a sentence; the numbers decide which."""
     errors = found["held_out_error"]
     if not errors:
@@ -302,16 +301,16 @@ def _verdict(found: dict[str, Any], claim: Any) -> str:
         "contradicted": "FLOPs alone predict latency",
         "undecided": "Whether FLOPs alone predict latency cannot be said from these data",
     }[claim.verdict]
-    parts = [f"{name.replace('_', ' ')} {100 * e['value']:.1f} %" for name, e in errors.items()]
+    parts = [f"{name.replace('_', ' ')} {100 * e.value:.1f} %" for name, e in errors.items()]
     regimes = found["ms_per_tflop"]
     spread = ""
     if len(regimes) > 1:
-        worst, best = (pick(regimes, key=lambda k: regimes[k]["value"]) for pick in (max, min))
-        ratio = regimes[worst]["value"] / regimes[best]["value"]
+        worst, best = (pick(regimes, key=lambda k: regimes[k].value) for pick in (max, min))
+        ratio = regimes[worst].value / regimes[best].value
         spread = f" A TFLOP of {worst} costs {ratio:.1f} × one of {best}."
     pairs = found["iso_flop_pairs"]
     if pairs and pairs["n_pairs"]:
-        median, largest = pairs["median_ratio"]["value"], pairs["max_ratio"]
+        median, largest = pairs["median_ratio"].value, pairs["max_ratio"]
         spread += (
             f" Requests of equal FLOPs (to {100 * pairs['tolerance']:.0f} %) differ {median:.2f} × "
             f"at the median of {pairs['n_pairs']} pairs, {largest:.2f} × at most."
@@ -324,10 +323,10 @@ def _predictors(held_out: dict[str, Any]) -> pd.DataFrame:
         [
             {
                 "predictor": name,
-                "MAPE": error["value"],
-                "low": error["low"],
-                "high": error["high"],
-                "median error": held_out["median_error"][name]["value"],
+                "MAPE": error.value,
+                "low": error.low,
+                "high": error.high,
+                "median error": held_out["median_error"][name].value,
             }
             for name, error in held_out.get("mape", {}).items()
         ],
@@ -342,8 +341,8 @@ def _table(estimators: dict[str, Any]) -> pd.DataFrame:
                 "estimator": estimator,
                 "sweep": sweep,
                 "R²": numbers["r_squared"],
-                "Pearson": (numbers["pearson"] or {}).get("value"),
-                "Spearman": (numbers["spearman"] or {}).get("value"),
+                "Pearson": numbers["pearson"].value if numbers["pearson"] else None,
+                "Spearman": numbers["spearman"].value if numbers["spearman"] else None,
                 "n": numbers["n"],
             }
             for estimator, sweeps in estimators.items()
