@@ -37,12 +37,13 @@ class Scripted(NullVLM):
         self.turns = [] if turns is None else turns
         self.prefill_length = prefill_length
 
-    def meter(self):
+    def meter(self, make):
         return ScriptedMeter(self)
 
 
 class ScriptedMeter(NullMeter):
     def __init__(self, vlm):
+        super().__init__()
         self.vlm = vlm
 
     def __call__(self, prepared, max_new_tokens, stop_at_eos=False):

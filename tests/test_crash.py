@@ -28,7 +28,7 @@ from pathlib import Path
 import pandas as pd
 
 from vlm_latency.datasets import RecordLog
-from vlm_latency.datasets.inputs import Model
+from vlm_latency.models import ModelHandle
 from vlm_latency.options import Options
 from vlm_latency.pipelines.measurement import nodes
 from vlm_latency.records import REQUEST_COLUMNS, typed, with_hashes
@@ -64,7 +64,7 @@ environment = {"fingerprint": "aa", "conditions": {"model": "null"}}
 
 def measure():
     log = RecordLog(filepath=str(folder / "journal"))
-    model = Model(options.model)
+    model = ModelHandle(options.model)
     for chunk in nodes.measure(options, requests, model, source, environment, log.load()):
         log.save(chunk)
     table, _ = nodes.collect(options, requests, environment, log.load())

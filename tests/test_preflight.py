@@ -10,6 +10,7 @@ import pytest
 
 from vlm_latency.datasets import EarlierResult, ModelDataset, VQADataset
 from vlm_latency.errors import MeasurementError, UserError
+from vlm_latency.molmo.tiling import Tiles
 from vlm_latency.options import Options
 from vlm_latency.preflight import check, refuse_contradictions
 from vlm_latency.vqa import Sampling, open_source, sweep_language_requests
@@ -122,7 +123,7 @@ def test_lengths_that_do_not_fit_can_be_dropped(tmp_path: Path) -> None:
 
 
 def test_a_table_made_before_is_checked_as_it_is(tmp_path: Path) -> None:
-    table = sweep_language_requests(open_source(size=4), Sampling(3), [8, 2**31])
+    table = sweep_language_requests(open_source(size=4), Sampling(3, tiles=Tiles()), [8, 2**31])
     table.to_parquet(tmp_path / "requests.parquet")
     given = {"sampling": {**SIZES["exp4"]["sampling"], "requests": f"{tmp_path}/requests.parquet"}}
     (told,) = refusals(tmp_path, experiments=["exp4"], exp4=given)

@@ -61,7 +61,7 @@ class Group(BaseModel):
 class ModelOptions(Group):
     """``model.*``: which model, with which weights, where and how it runs."""
 
-    name: str | None = None  # zoo name, hub id or local folder
+    name: str | None = None  # zoo name, hub id, local folder or file.py:function
     weights: Literal["auto", "pretrained", "random"] = "auto"
     revision: str | None = None
     zoo_file: str | None = None  # a user's own zoo, laid over the built-in one
@@ -74,6 +74,7 @@ class ModelOptions(Group):
     seed: int = 0
     trust_remote_code: bool = False
     num_threads: Annotated[int, Field(ge=1)] = 1  # CPU threads while measuring
+    null_sleep_ms: Annotated[float, Field(ge=0)] = 0.0  # null-model only: how long a run takes
 
 
 class ColumnNames(Group):

@@ -13,8 +13,9 @@ from torch import nn
 
 from vlm_latency import models
 from vlm_latency.errors import ModelError
-from vlm_latency.models import describe, known_models, load
+from vlm_latency.models import ModelHandle, describe, known_models, load
 from vlm_latency.models.architecture import build_on_meta
+from vlm_latency.models.interface import LoadedModel, ModelArchitecture
 from vlm_latency.models.loading import VLM, check_fits, resolve_device, resolve_dtype
 from vlm_latency.models.random_weights import materialise
 from vlm_latency.options import ModelOptions
@@ -272,12 +273,12 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
         "from PIL import Image; v = load(ModelOptions(name='null-model'));"
         "p = v.place(v.prepare(Image.new('RGB', (640, 480)), 'a cat?'));"
         "assert p.counts.num_vision_tokens == 704 and p.counts.num_total_tokens == 742;"
-        "r = v.meter()(p, 3); assert r.token_ids == [0] * 3 and r.times['T_total'] == 0;"
+        "r = v.meter(None)(p, 3); assert r.token_ids == [0] * 3 and r.times['T_total'] == 0;"
         "assert r.times['decode_step_ms'] == [0, 0]; v.decode(r.token_ids)",
         "from vlm_latency.models import describe, dtype_name, resolve_device;"
         "from vlm_latency.options import ModelOptions; o = ModelOptions(name='null-model');"
         "assert (resolve_device(o), dtype_name(o)) == ('cpu', 'float32');"
-        "assert describe(o).tiling['max_crops'] == 12",
+        "assert describe(o).tiles.max_crops == 12",
     ],
 )
 def test_no_torch_where_none_is_needed(code):
@@ -290,3 +291,62 @@ def test_random_weights_on_a_gpu(image):
     vlm = load(ModelOptions(name="tiny-molmo", device="cuda"))
     assert (vlm.device.type, vlm.dtype) == ("cuda", torch.bfloat16)
     assert len(set(generate(vlm, image, 16))) > 2
+
+
+# ---- one interface
+
+
+def test_every_kind_of_model_answers_the_same_interface(image, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from vlm_latency import load_model\n"
+        "def make_model():\n"
+        "    vlm = load_model('tiny-llava', seed=3)\n"
+        "    return vlm.model, vlm.preparer.processor\n"
+    )
+    asked = {name for name in vars(LoadedModel) if not name.startswith("_")} | {
+        *LoadedModel.__annotations__
+    }
+    handles = [ModelHandle(ModelOptions(name=n)) for n in ("null-model", "tiny-molmo")]
+    handles.append(ModelHandle(ModelOptions(name=f"{mine}:make_model", dtype="bfloat16")))
+    for handle in handles:
+        handle.check_fits()
+        vlm = handle.vlm
+        assert [name for name in asked if not hasattr(vlm, name)] == []
+        known = vlm.architecture
+        for name in {*ModelArchitecture.__annotations__, *vars(ModelArchitecture)}:
+            assert name.startswith("_") or hasattr(known, name), name
+        assert str(vlm.device) == handle.device
+        assert str(vlm.dtype).removeprefix("torch.") == handle.dtype
+        counts = vlm.place(vlm.prepare(image, "What?")).counts
+        assert counts.num_language_tokens + counts.num_vision_tokens == counts.num_total_tokens
+        rows, cols = known.nominal_tiles.grid(*known.image_size_for(2, 3))
+        assert (rows, cols) == (2, 3)
+        assert vlm.set_threads(1) >= 1
+    assert handles[2].weights == "own" and handles[2].dtype == "bfloat16"
+    assert handles[2].vlm is ModelHandle(handles[2].options).vlm  # made once
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("def other(): pass", "has no attribute 'make_model'"),
+        ("def make_model(): return 3", r"returned int; expected \(model, processor\)"),
+        ("def make_model(): raise KeyError('weights')", "KeyError: 'weights'"),
+        ("def make_model(:", "SyntaxError"),
+    ],
+)
+def test_a_file_that_makes_no_model_is_refused(body, told, tmp_path):
+    (tmp_path / "mine.py").write_text(body)
+    with pytest.raises(ModelError, match=told):
+        load(ModelOptions(name=f"{tmp_path}/mine.py:make_model"))
+    with pytest.raises(ModelError, match="there is no file"):
+        load(ModelOptions(name=f"{tmp_path}/yours.py:make_model"))
+
+
+def test_null_model_sleeps_as_long_as_it_is_told(image):
+    vlm = load(ModelOptions(name="null-model", null_sleep_ms=2.0))
+    with vlm.meter(None) as meter:
+        reading = meter(vlm.prepare(image, "a"), 1)
+        assert reading.times["T_total"] == reading.times["T_other"] == reading.timed_ms >= 2
+        assert meter.bare(None, 1)[0] >= 2

@@ -77,7 +77,7 @@ def test_small_molmo_is_of_the_promised_size():
 
 def test_tiny_molmo_has_the_real_geometry_and_room_for_4096_tokens():
     tiny, real = (describe(ModelOptions(name=name)) for name in ("tiny-molmo", "molmo-7b-d"))
-    assert tiny.tiling == real.tiling
+    assert tiny.tiles == real.tiles
     for size in ((640, 480), (500, 333), (1000, 1000), (2800, 336)):
         assert tiny.image_tokens(*size) == real.image_tokens(*size)
     assert tiny.max_positions >= 1600 + 4096

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from vlm_latency.datasets.inputs import Model
 from vlm_latency.errors import DataError
+from vlm_latency.models import ModelHandle
 from vlm_latency.options import ExperimentOptions, Options
 from vlm_latency.pipelines.data_sampling.nodes import draw_requests
 from vlm_latency.records import REQUEST_COLUMNS
@@ -26,7 +26,7 @@ def options(experiment: str, **sampling: Any) -> ExperimentOptions:
 
 def draw(experiment: str, **sampling: Any) -> pd.DataFrame:
     asked = options(experiment, **sampling)
-    return draw_requests(asked, SOURCE, Model(asked.model))
+    return draw_requests(asked, SOURCE, ModelHandle(asked.model))
 
 
 def test_requests_of_each_experiment() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from vlm_latency.datasets.inputs import Model
 from vlm_latency.errors import UserError
+from vlm_latency.models import ModelHandle
 from vlm_latency.options import ModelOptions
 from vlm_latency.pipelines.predict.nodes import predict
 
@@ -60,7 +60,7 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def predicted(measured: Any, name: str = "tiny-molmo", dtype: str = "auto", **asked: Any) -> Any:
     parameters = {"model": {"name": name, "dtype": dtype}, "predict": asked}
-    model = Model(ModelOptions.model_validate(parameters["model"]))
+    model = ModelHandle(ModelOptions.model_validate(parameters["model"]))
     return predict(parameters, model, *measured)[0]
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlm_latency.errors import DataError
+from vlm_latency.molmo.tiling import Tiles
 from vlm_latency.vqa import (
     QuestionSource,
     Sampling,
@@ -144,7 +145,9 @@ def test_missing_columns_and_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no split 'train', only validation"):
         read(folder, split="train")
     with pytest.raises(DataError, match="stratify_by_tiling"):
-        draw_requests(read(folder), Sampling(2, stratify_by_tiling=True), "none", "exp1")
+        draw_requests(
+            read(folder), Sampling(2, stratify_by_tiling=True, tiles=Tiles()), "none", "exp1"
+        )
     with pytest.raises(DataError, match="image_cache"):
         open_source(source="hub", hub_id=str(folder))
 

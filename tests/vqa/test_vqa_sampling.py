@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from vlm_latency.errors import DataError
-from vlm_latency.molmo.tiling import image_token_counts, select_tiling
+from vlm_latency.molmo.tiling import Tiles, image_token_counts, select_tiling
 from vlm_latency.records import REQUEST_COLUMNS
 from vlm_latency.vqa import (
     QuestionSource,
@@ -41,8 +41,8 @@ def test_request_table_and_its_parquet(files: QuestionSource, tmp_path: Path) ->
     tables = [
         draw_requests(files, Sampling(4), "answer", "exp1"),
         draw_requests(files, Sampling(4), 16, "exp2"),
-        sweep_vision_requests(),
-        sweep_language_requests(files, Sampling(2), [8]),
+        sweep_vision_requests(Tiles()),
+        sweep_language_requests(files, Sampling(2, tiles=Tiles()), [8]),
     ]
     for table in tables:
         assert {name: str(dtype) for name, dtype in table.dtypes.items()} == REQUEST_COLUMNS
@@ -94,7 +94,7 @@ def test_first_and_random(files: QuestionSource) -> None:
 def test_a_larger_sample_holds_the_smaller(
     synthetic: QuestionSource, order: str, one_question_per_image: bool, stratify_by_tiling: bool
 ) -> None:
-    sampling = Sampling(50, order, 0, one_question_per_image, stratify_by_tiling)
+    sampling = Sampling(50, order, 0, one_question_per_image, stratify_by_tiling, Tiles())
     small = draw_requests(synthetic, sampling, "answer", "exp1")
     large = draw_requests(
         synthetic, dataclasses.replace(sampling, num_samples=300), "answer", "exp1"
@@ -111,7 +111,7 @@ def test_strata_have_their_share(synthetic: QuestionSource) -> None:
 
     images = synthetic.table.drop_duplicates("image_id")
     population = crops(images).value_counts() / len(images)
-    sampling = Sampling(100, one_question_per_image=True, stratify_by_tiling=True)
+    sampling = Sampling(100, one_question_per_image=True, stratify_by_tiling=True, tiles=Tiles())
     sample = crops(draw_requests(synthetic, sampling, "none", "exp1")).value_counts()
     for tiling, share in population.items():
         assert abs(sample.get(tiling, 0) - 100 * share) <= 1
@@ -149,7 +149,7 @@ def test_missing_and_corrupt_images_fail_alone(official: Any, stratify_by_tiling
     official.image(2).write_bytes(b"no image")
     official.image(3).write_bytes(official.image(3).read_bytes()[:-300])
     source = open_source(source="official", path=official.root)
-    sampling = Sampling(stratify_by_tiling=stratify_by_tiling)
+    sampling = Sampling(stratify_by_tiling=stratify_by_tiling, tiles=Tiles())
     requests = draw_requests(source, sampling, "answer", "exp1").set_index("image_id").sort_index()
     unknown = requests["image_width"].isna().groupby(level=0).all()
     assert unknown.tolist() == [True, True, False, False, False]
@@ -161,7 +161,7 @@ def test_missing_and_corrupt_images_fail_alone(official: Any, stratify_by_tiling
 
 
 def test_vision_sweep_hits_every_grid_once() -> None:
-    requests = sweep_vision_requests(12)
+    requests = sweep_vision_requests(Tiles(), 12)
     counts = [
         image_token_counts(width, height)
         for width, height in zip(requests["image_width"], requests["image_height"], strict=True)
@@ -186,25 +186,25 @@ def test_vision_sweep_hits_every_grid_once() -> None:
 
 
 def test_vision_sweep_without_partners_or_pairs() -> None:
-    ids = sweep_vision_requests(4)["request_id"].tolist()
+    ids = sweep_vision_requests(Tiles(), 4)["request_id"].tolist()
     assert ids == ["exp3-1x1", "exp3-1x2", "exp3-1x3", "exp3-1x4"]
-    assert sweep_vision_requests(11)["request_id"].tolist()[11:] == ["exp3-2x3"]
-    assert len(sweep_vision_requests(12, equal_crop_pairs=False)) == 12
+    assert sweep_vision_requests(Tiles(), 11)["request_id"].tolist()[11:] == ["exp3-2x3"]
+    assert len(sweep_vision_requests(Tiles(), 12, equal_crop_pairs=False)) == 12
     with pytest.raises(DataError, match=r"max_grid_size=13 .* at most 12"):
-        sweep_vision_requests(13)
+        sweep_vision_requests(Tiles(), 13)
     with pytest.raises(DataError, match=r"max_grid_size=5 .* at most 4"):
-        sweep_vision_requests(5, max_crops=4)
+        sweep_vision_requests(Tiles(max_crops=4), 5)
     with pytest.raises(DataError, match="expected exact or seed"):
-        sweep_vision_requests(2, resolution_rule="sed")
+        sweep_vision_requests(Tiles(), 2, resolution_rule="sed")
 
 
 def test_vision_sweep_of_the_seed() -> None:
-    requests = sweep_vision_requests(12, equal_crop_pairs=False, resolution_rule="seed")
+    requests = sweep_vision_requests(Tiles(), 12, equal_crop_pairs=False, resolution_rule="seed")
     sizes = list(zip(requests["image_width"], requests["image_height"], strict=True))
     assert sizes == [(336 * k, 336) for k in range(1, 13)]
     tilings = [select_tiling(height, width) for width, height in sizes]
     assert tilings == [(1, k) for k in (1, 3, 4, 6, 7, 9, 10, 12, 12, 12, 12, 12)]
-    assert not set(requests["request_id"]) & set(sweep_vision_requests()["request_id"])
+    assert not set(requests["request_id"]) & set(sweep_vision_requests(Tiles())["request_id"])
 
 
 def test_sizes_sweep() -> None:
@@ -220,7 +220,7 @@ def test_sizes_sweep() -> None:
 @pytest.mark.parametrize("kind", ["files", "synthetic"])
 def test_language_sweep(kind: str, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(kind)
-    requests = sweep_language_requests(source, Sampling(3, seed=2), [8, 16, 8])
+    requests = sweep_language_requests(source, Sampling(3, seed=2, tiles=Tiles()), [8, 16, 8])
     assert len(requests) == 6
     by_length = requests.groupby("output_length")["question_id"].agg(list)
     assert by_length["8"] == by_length["16"]
@@ -237,30 +237,33 @@ def test_language_sweep(kind: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_language_sweep_as_they_are(files: QuestionSource) -> None:
-    requests = sweep_language_requests(files, Sampling(2), [8], tiling="none")
+    requests = sweep_language_requests(files, Sampling(2, tiles=Tiles()), [8], tiling="none")
     drawn = draw_requests(files, Sampling(2), "none", "exp4")
     assert requests["image_recipe"].isna().all()
     assert requests["resolution"].tolist() == drawn["resolution"].tolist()
     for tiling in ("2", "0x3", "ax3", "2x3x4", "-1x2"):
         with pytest.raises(DataError, match="not like 2x3"):
-            sweep_language_requests(files, Sampling(2), [8], tiling=tiling)
+            sweep_language_requests(files, Sampling(2, tiles=Tiles()), [8], tiling=tiling)
     with pytest.raises(DataError, match="tiling 4x4 has 16 tiles"):
-        sweep_language_requests(files, Sampling(2), [8], tiling="4x4")
+        sweep_language_requests(files, Sampling(2, tiles=Tiles()), [8], tiling="4x4")
     with pytest.raises(DataError, match="no output lengths"):
-        sweep_language_requests(files, Sampling(2), [])
+        sweep_language_requests(files, Sampling(2, tiles=Tiles()), [])
     with pytest.raises(DataError, match="output_length 0"):
-        sweep_language_requests(files, Sampling(2), [0])
+        sweep_language_requests(files, Sampling(2, tiles=Tiles()), [0])
 
 
 def test_real_photos(shared: Path) -> None:
     source = open_source(source="official", path=shared / "real" / "vqa_v2_mini")
     assert (len(source.table), source.describe()["images"]) == (120, 40)
     requests = draw_requests(
-        source, Sampling(40, one_question_per_image=True, stratify_by_tiling=True), "answer", "exp1"
+        source,
+        Sampling(40, one_question_per_image=True, stratify_by_tiling=True, tiles=Tiles()),
+        "answer",
+        "exp1",
     )
     for _, row in requests.iterrows():
         assert load_image(row, source.root).size == (row.image_width, row.image_height)
-    sweep = sweep_language_requests(source, Sampling(2), [8])
+    sweep = sweep_language_requests(source, Sampling(2, tiles=Tiles()), [8])
     assert load_image(sweep.iloc[0], source.root).size == (784, 560)
 
 

@@ -42,7 +42,7 @@ class CostModel:
     @property
     def does_nothing(self) -> bool:
         """True of the null model, which stands in for a model at no cost."""
-        return bool(self.architecture.model_type == "null")
+        return bool(self.architecture.simulated)
 
     @cached_property
     def census(self) -> Census:

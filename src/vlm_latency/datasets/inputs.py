@@ -6,70 +6,18 @@ nothing left to measure loads no model.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kedro.io import AbstractDataset
 
 from vlm_latency.datasets.atomic import FileDataset
 from vlm_latency.errors import DataError
-from vlm_latency.models.zoo import NULL
+from vlm_latency.models import ModelHandle
 from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
 from vlm_latency.results import Run, read_json, read_result, read_run
 
 if TYPE_CHECKING:
     from vlm_latency.vqa import QuestionSource
-
-
-class Model:
-    """A model that is described at once and loaded when it is first run."""
-
-    def __init__(self, options: ModelOptions):
-        self.options = options
-
-    @cached_property
-    def weights(self) -> str:
-        """``pretrained`` or ``random``; known without loading anything."""
-        from vlm_latency.models import weights_kind
-
-        return weights_kind(self.options)
-
-    @cached_property
-    def architecture(self) -> Any:
-        """What analyses need to know, without weights."""
-        from vlm_latency.models import describe
-
-        return describe(self.options)
-
-    @cached_property
-    def device(self) -> str:
-        """Where it runs: ``cpu``, ``cuda:0``; a device that is not there is an error."""
-        from vlm_latency.models import resolve_device
-
-        return resolve_device(self.options)
-
-    @cached_property
-    def dtype(self) -> str:
-        """What it computes in: ``float32``, ``bfloat16`` or ``float16``."""
-        from vlm_latency.models import dtype_name
-
-        return dtype_name(self.options)
-
-    def check_fits(self) -> None:
-        """Refuse a model that cannot be built, or that the device's free memory does not hold."""
-        if self.options.name == NULL:
-            return
-        from vlm_latency.models.loading import check_fits
-
-        self.architecture.meta_model(self.options.attn_implementation)
-        check_fits(self.architecture, self.options)
-
-    @cached_property
-    def vlm(self) -> Any:
-        """The model on its device, ready to measure."""
-        from vlm_latency.models import load
-
-        return load(self.options)
 
 
 class ReadOnly(AbstractDataset[NoReturn, Any]):
@@ -113,8 +61,8 @@ class FromPath(FileDataset, ReadOnly):
 class ModelDataset(FromOptions):
     """A vision-language model, by the ``model.*`` parameters."""
 
-    def load(self) -> Model:
-        return Model(ModelOptions.model_validate(self._options))
+    def load(self) -> ModelHandle:
+        return ModelHandle(ModelOptions.model_validate(self._options))
 
 
 class VQADataset(FromOptions):

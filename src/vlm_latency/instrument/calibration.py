@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,9 @@ from vlm_latency.statistics import (
 )
 from vlm_latency.vqa import decode_image, image_bytes
 from vlm_latency.vqa.images import noise_recipe
+
+if TYPE_CHECKING:
+    from vlm_latency.models.interface import ModelArchitecture
 
 __all__ = ["calibrate", "ceilings", "verdict"]
 
@@ -89,7 +92,7 @@ def calibrate(
     MeasurementError
         For a model without times of its own, such as the null model.
     """
-    if hasattr(vlm, "meter"):
+    if vlm.architecture.simulated:
         raise MeasurementError(
             f"found model.name={vlm.options.name}; expected a model that takes time: there is "
             "nothing to calibrate"
@@ -109,7 +112,9 @@ def calibrate(
 
     engine = vlm.options.engine
     with undisturbed(vlm), make_meter(vlm, "timeline", engine) as meter:
-        prepared = _prepared(vlm, _noise_image(options.tiling), template, "what is this?")
+        prepared = _prepared(
+            vlm, _noise_image(vlm.architecture, options.tiling), template, "what is this?"
+        )
         run = partial(_run, meter, prepared)
         found["clock"] = resolution_ns()
         warm = prove("warmup", lambda: warmup(lambda: run(options.output_tokens)))
@@ -607,10 +612,10 @@ def _prepared(vlm: Any, data: bytes, template: str, question: str) -> Any:
     return vlm.place(vlm.prepare(decode_image(data), prompt))
 
 
-def _noise_image(tiling: str) -> bytes:
-    """An image that makes exactly this tiling of Molmo's: 224 pixels a tile and 112 of margin."""
+def _noise_image(architecture: ModelArchitecture, tiling: str) -> bytes:
+    """An image that makes exactly this tiling."""
     rows, columns = (int(part) for part in tiling.split("x"))
-    recipe = noise_recipe(0, 224 * columns + 112, 224 * rows + 112)
+    recipe = noise_recipe(0, *architecture.image_size_for(rows, columns))
     return image_bytes({"image_recipe": recipe}, None)
 
 

@@ -137,7 +137,7 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
         "model_type": architecture.model_type,
         "config_sha256": _sha256(config),
         "weights": kind,
-        "revision": _revision(options) if kind == "pretrained" else None,
+        "revision": None if kind == "random" else _revision(options),
         "seed": options.seed if kind == "random" else None,
         "device": str(resolve_device(options)),
         "dtype": dtype_name(options),
@@ -151,7 +151,14 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
 
 
 def _revision(options: ModelOptions) -> str | None:
-    """Which weights: a folder by its files' names and sizes, a hub id by its commit."""
+    """Which weights: a folder by its files' names and sizes, a hub id by its commit.
+
+    A user's own file stands for the model that it makes.
+    """
+    from vlm_latency.models.zoo import own_file
+
+    if own := own_file(options.name):
+        return _sha256(own[0].read_bytes())
     folder = Path(str(options.name))
     if folder.is_dir():
         files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))

@@ -163,7 +163,7 @@ def measure(
     Parameters
     ----------
     vlm
-        A loaded model, or one that brings its own meter (``vlm.meter()``).
+        A `vlm_latency.models.interface.LoadedModel`.
     requests
         Columns of ``records.REQUEST_COLUMNS``.
     done
@@ -335,14 +335,15 @@ class Session:
         rows, planned = (
             [row for row in some if row["image_width"] is not None] for some in (rows, planned)
         )
-        if hasattr(self.vlm, "meter"):
-            self._meter = self.vlm.meter()
-        else:
+        engine = self.vlm.options.engine
+        length = None if engine == "eager" else self._cache_length(planned)
+
+        def make(vlm: Any) -> Any:
             from vlm_latency.instrument.methods import make_meter
 
-            engine = self.vlm.options.engine
-            length = None if engine == "eager" else self._cache_length(planned)
-            self._meter = make_meter(self.vlm, self.options.method or "timeline", engine, length)
+            return make_meter(vlm, self.options.method or "timeline", engine, length)
+
+        self._meter = self.vlm.meter(make)
         if rows:
             self._warm_up(rows)
         self.log.warmup_s = time.perf_counter() - start
@@ -381,14 +382,14 @@ class Session:
         reading = self._meter(prepared, max_new_tokens, stop_at_eos)
         noise = self._noise.stop()
         self.log.preprocess_s += preprocess_ms / 1e3
-        self.log.measured_s += _timed_ms(reading) / 1e3
+        self.log.measured_s += reading.timed_ms / 1e3
         counts = prepared.counts
         shape = _shape(counts)
         first = shape not in self._seen
         self._seen.add(shape)
         return {
             **{name: getattr(counts, name) for name in _COUNTED},
-            **_entered(counts, getattr(reading, "prefill_length", None)),
+            **_entered(counts, reading.prefill_length),
             "max_new_tokens": max_new_tokens,
             "num_output_tokens": len(reading.token_ids),
             "T_preprocess": preprocess_ms,
@@ -434,7 +435,7 @@ class Session:
             entry["num_crops"] = prepared.counts.num_crops
             entry["num_vision_patches"] = prepared.counts.num_vision_patches
             while not warm(times) and len(times) < self.options.warmup_max_runs:
-                times.append(_timed_ms(self._meter(prepared, tokens, False)))
+                times.append(self._meter(prepared, tokens, False).timed_ms)
         except Exception as error:  # the run itself will say so, in its row
             entry["error"] = _message(error)
             error.__traceback__ = None
@@ -594,12 +595,8 @@ class _Progress(tqdm):  # type: ignore[type-arg]
 @contextlib.contextmanager
 def undisturbed(vlm: Any) -> Iterator[None]:
     """The chosen number of CPU threads, and no garbage collection but between runs."""
-    collecting, threads = gc.isenabled(), None
-    if not hasattr(vlm, "meter"):
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(vlm.options.num_threads)
+    collecting = gc.isenabled()
+    threads = vlm.set_threads(vlm.options.num_threads)
     gc.freeze()  # what is there by now stays: collections look at new objects only
     gc.disable()
     try:
@@ -608,8 +605,7 @@ def undisturbed(vlm: Any) -> Iterator[None]:
         gc.unfreeze()
         if collecting:
             gc.enable()
-        if threads is not None:
-            torch.set_num_threads(threads)
+        vlm.set_threads(threads)
 
 
 def _shape(counts: Any) -> tuple[int, int]:
@@ -617,11 +613,6 @@ def _shape(counts: Any) -> tuple[int, int]:
     if counts.tiling_rows is not None:
         return counts.num_crops, 0
     return counts.num_crops, round(4 * log2(max(1, counts.num_vision_patches)))
-
-
-def _timed_ms(reading: Any) -> float:
-    """All that was timed; a meter that a model brings may know T_total only."""
-    return float(getattr(reading, "timed_ms", reading.times["T_total"]))
 
 
 def _entered(counts: Any, prefill_length: int | None) -> dict[str, int]:

@@ -19,11 +19,11 @@ from vlm_latency.models.requests import (
     Preparer,
     TokenCounts,
     image_token_id,
-    molmo_geometry,
     offline_preparer,
     pretrained_preparer,
 )
 from vlm_latency.models.zoo import Family, is_path, load_zoo, weights_kind
+from vlm_latency.molmo.tiling import Tiles
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,11 @@ class Architecture:
         Dotted paths of the parts.
     parameters : Parameters
         By component.
+    trust_remote_code : bool
+        Whether code of the checkpoint's own may be run.
     """
+
+    simulated = False
 
     def __init__(
         self,
@@ -58,8 +62,10 @@ class Architecture:
         *,
         hub_id: str | None = None,
         component_overrides: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.name = name
+        self.trust_remote_code = trust_remote_code
         self.hub_id = hub_id
         self.transformers_config = config
         self.model_type: str = config.model_type
@@ -120,9 +126,18 @@ class Architecture:
         return int(self._text.max_position_embeddings)
 
     @property
-    def tiling(self) -> dict[str, Any] | None:
-        """Keyword arguments for `vlm_latency.molmo.tiling`; None for a model without Molmo's tiles."""
-        return molmo_geometry(self.preparer.processor) if self.model_type == "molmo" else None
+    def tiles(self) -> Tiles | None:
+        """Into which tiles an image is cut; None for a model that does not cut Molmo's tiles."""
+        return self.preparer.tiles
+
+    @property
+    def nominal_tiles(self) -> Tiles:
+        """`tiles`; the published Molmo's for a model without: models see the same images."""
+        return self.tiles or Tiles()
+
+    def image_size_for(self, rows: int, cols: int) -> tuple[int, int]:
+        """Give the size (width, height) in pixels of an image that fills a grid of nominal tiles."""
+        return self.nominal_tiles.image_size(rows, cols)
 
     @cached_property
     def components(self) -> Components:
@@ -183,14 +198,8 @@ class Architecture:
         return lru_cache(maxsize=4096)(self._count_image)
 
     def _count_image(self, width: int, height: int) -> TokenCounts:
-        if self.tiling is not None:
-            from vlm_latency.molmo.tiling import image_token_counts
-
-            found = image_token_counts(width, height, **self.tiling)
-            return TokenCounts(
-                **found._asdict(),
-                num_total_tokens=found.num_vision_tokens + found.num_image_special_tokens,
-            )
+        if self.tiles is not None:
+            return TokenCounts.of_tiles(self.tiles, width, height)
         counts = self._blank(width, height).counts
         return TokenCounts(
             num_crops=counts.num_crops,
@@ -318,6 +327,7 @@ def describe(options: ModelOptions) -> Architecture:
             if hub_id is None:
                 raise ModelError(f"{name} has no published weights; use model.weights=random")
             config = _read_config(hub_id, options)
+    trust = options.trust_remote_code and not family.native
     _apply_options(config, options)
 
     def make_preparer() -> Preparer:
@@ -327,7 +337,7 @@ def describe(options: ModelOptions) -> Architecture:
                 config,
                 str(hub_id),
                 revision=options.revision,
-                trust_remote_code=options.trust_remote_code,
+                trust_remote_code=trust,
             )
         else:
             preparer = offline_preparer(family, config, processor_settings, image_settings)
@@ -338,10 +348,11 @@ def describe(options: ModelOptions) -> Architecture:
     return Architecture(
         name,
         config,
-        lambda attn: build_on_meta(config, attn, trust_remote_code=options.trust_remote_code),
+        lambda attn: build_on_meta(config, attn, trust_remote_code=trust),
         make_preparer,
         hub_id=hub_id,
         component_overrides=overrides,
+        trust_remote_code=trust,
     )
 
 
@@ -363,7 +374,7 @@ def build_on_meta(
                 copy.deepcopy(config),
                 dtype=dtype,
                 attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code and config.model_type != "molmo",
+                trust_remote_code=trust_remote_code,
             )
     except (ValueError, ImportError) as error:
         raise ModelError(
@@ -390,9 +401,10 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
         raise ModelError(f"model.name: there is no folder {path}; expected one with a config.json")
     where = {"revision": options.revision}
     try:
-        # Molmo is ours, even where remote code is trusted.
+        # A native family stays ours even where remote code is trusted.
         keys, _ = PreTrainedConfig.get_config_dict(path, **where)
-        trust = options.trust_remote_code and keys.get("model_type") != "molmo"
+        family = load_zoo(options.zoo_file).families.get(str(keys.get("model_type")), Family())
+        trust = options.trust_remote_code and not family.native
         return AutoConfig.from_pretrained(path, trust_remote_code=trust, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no usable configuration at {path}: {error}") from None
@@ -400,13 +412,13 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
 
 def _apply_options(config: PreTrainedConfig, options: ModelOptions) -> None:
     if options.float32_attention is not None:
-        if config.model_type != "molmo":
+        if not hasattr(config, "float32_attention"):
             raise ModelError(
                 f"model.float32_attention is for Molmo only, not for model_type "
                 f"{config.model_type!r}; leave it out"
             )
         config.float32_attention = options.float32_attention
-    if options.max_crops is not None and config.model_type == "molmo":
+    if options.max_crops is not None and hasattr(config, "max_crops"):
         config.max_crops = options.max_crops
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel
 
+    from vlm_latency.models.interface import Meter
+
 # Positions of key-value cache that a model must have room for beside its weights, at most.
 _CACHE_TOKENS = 4096
 # Activations, workspace and the device's own context, as a share of the weights and in bytes.
@@ -140,6 +142,16 @@ class VLM:
         """Tokens of a text by itself."""
         return len(self.preparer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def meter(self, make: Callable[[Any], Meter]) -> Meter:
+        """Give what measures this model: what `make` makes of it."""
+        return make(self)
+
+    def set_threads(self, count: int) -> int:
+        """Compute with so many CPU threads from now on, and give the number before."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        return before
+
 
 def load(options: ModelOptions) -> VLM:
     """Load the model that the options ask for.
@@ -161,7 +173,7 @@ def load(options: ModelOptions) -> VLM:
             architecture.transformers_config,
             options.attn_implementation,
             dtype,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=architecture.trust_remote_code,
         )
         materialise(model, device, options.seed)
     else:
@@ -209,7 +221,7 @@ def resolve_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
 
 
 def check_fits(architecture: Architecture, options: ModelOptions) -> None:
-    """Refuse a model that the device has no room for, before anything is loaded.
+    """Refuse a model that cannot be built or that the device has no room for; nothing is loaded.
 
     Raises
     ------
@@ -218,6 +230,7 @@ def check_fits(architecture: Architecture, options: ModelOptions) -> None:
     """
     device = resolve_device(options)
     dtype = str(resolve_dtype(options, device)).removeprefix("torch.")
+    architecture.meta_model(options.attn_implementation)
     weights = architecture.weight_bytes(dtype)
     positions = min(architecture.max_positions, _CACHE_TOKENS)
     cache = positions * architecture.kv_bytes_per_token(dtype)
@@ -258,7 +271,7 @@ def _load_pretrained(
             dtype=dtype,
             device_map={"": device},
             attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code and architecture.model_type != "molmo",
+            trust_remote_code=architecture.trust_remote_code,
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:

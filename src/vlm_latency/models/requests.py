@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
 from vlm_latency.models.zoo import Family
-from vlm_latency.molmo.tiling import select_tiling
+from vlm_latency.molmo.tiling import Tiles
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,15 @@ class TokenCounts:
     num_vision_tokens: int
     num_image_special_tokens: int
     num_total_tokens: int
+
+    @classmethod
+    def of_tiles(
+        cls, tiles: Tiles, width: int, height: int, num_text_tokens: int = 0
+    ) -> TokenCounts:
+        """Count an image that is cut into tiles, and so many tokens of text."""
+        found = tiles.image_tokens(width, height)
+        total = found.num_vision_tokens + found.num_image_special_tokens + num_text_tokens
+        return cls(**found._asdict(), num_total_tokens=total)
 
     @property
     def num_language_tokens(self) -> int:
@@ -106,6 +115,12 @@ class Preparer:
         self.build_prompt = build_prompt
         self.image_mark = image_mark
 
+    @property
+    def tiles(self) -> Tiles | None:
+        """How the processor cuts an image, where that is into Molmo's tiles."""
+        found: Tiles | None = getattr(self.processor.image_processor, "tiles", None)
+        return found
+
     def __call__(self, image: Image.Image, prompt: str) -> Prepared:
         """Prepare one request on the CPU."""
         text = prompt if self.build_prompt is None else self.build_prompt(prompt)
@@ -129,8 +144,8 @@ class Preparer:
             )
         crops, patches = self._crops_and_patches(inputs["pixel_values"])
         rows = cols = None
-        if geometry := molmo_geometry(self.processor):
-            rows, cols = select_tiling(size[1], size[0], **geometry)
+        if self.tiles is not None:
+            rows, cols = self.tiles.grid(*size)
         return TokenCounts(
             num_crops=crops,
             tiling_rows=rows,
@@ -167,19 +182,6 @@ def image_token_id(config: Any) -> int:
     )
 
 
-def molmo_geometry(processor: Any) -> dict[str, Any] | None:
-    """Keyword arguments for the functions of `vlm_latency.molmo.tiling`; None for other families."""
-    images = processor.image_processor
-    if not hasattr(images, "base_image_input_size"):
-        return None
-    return {
-        "max_crops": images.max_crops,
-        "patch_size": images.image_patch_size,
-        "crop": images.base_image_input_size[0],
-        "margins": tuple(images.overlap_margins),
-    }
-
-
 def offline_preparer(
     family: Family,
     config: Any,
@@ -188,10 +190,11 @@ def offline_preparer(
 ) -> Preparer:
     """Put a processor together without any file: for models with random weights."""
     tokenizer = _family_tokenizer(family, config)
-    if config.model_type == "molmo":
-        from vlm_latency.molmo import MolmoProcessor
+    if family.native and family.processor:
+        import vlm_latency.molmo
 
-        return Preparer(MolmoProcessor.from_config(config, tokenizer), config, None, None)
+        own = getattr(vlm_latency.molmo, family.processor)
+        return wrap_processor(own.from_config(config, tokenizer), config, family)
     if not (family.processor and family.image_processor and family.image):
         raise ModelError(
             f"requests for random weights of model_type {config.model_type!r} need the family's "
@@ -221,12 +224,11 @@ def pretrained_preparer(
     from transformers.models.auto import processing_auto
     from transformers.utils.import_utils import is_torchvision_available
 
-    molmo = config.model_type == "molmo"  # ours, even where remote code is trusted
-    where = {"revision": revision, "trust_remote_code": trust_remote_code and not molmo}
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
     names: Any = vars(processing_auto)["PROCESSOR_MAPPING_NAMES"]
     known = family.processor or names.get(config.model_type)
     try:
-        if molmo or not known:
+        if family.native or not known:
             processor = AutoProcessor.from_pretrained(path, **where)
         else:
             # What AutoProcessor would load, without the video part.
@@ -249,7 +251,7 @@ def wrap_processor(
     prompt_builder: Callable[[str], str] | None = None,
 ) -> Preparer:
     """A preparer around a processor that is there: by its chat template, or else the family's."""
-    if config.model_type == "molmo" and prompt_builder is None:
+    if family.prompt is None and prompt_builder is None:
         return Preparer(processor, config, None, None)
     mark = family.image or getattr(processor, "image_token", None)
     if not mark:
@@ -266,7 +268,8 @@ def wrap_processor(
 
 
 def _template(family: Family, mark: str | None = None) -> Callable[[str], str]:
-    before, after = family.prompt.replace("{image}", mark or family.image or "").split("{prompt}")
+    written = family.prompt or "{image}{prompt}"
+    before, after = written.replace("{image}", mark or family.image or "").split("{prompt}")
     return lambda prompt: before + prompt + after
 
 

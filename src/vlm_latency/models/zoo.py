@@ -24,9 +24,10 @@ NULL = "null-model"  # the model that takes no time; see null.py
 class Family:
     """What the models of one ``model_type`` share; the fields are explained in ``zoo.yml``."""
 
+    native: bool = False
     processor: str | None = None
     image_processor: str | None = None
-    prompt: str = "{image}\n{prompt}"
+    prompt: str | None = "{image}\n{prompt}"
     image: str | None = None
     tokens: Mapping[str, Any] = field(default_factory=dict)
     more: tuple[Any, ...] = ()
@@ -79,8 +80,16 @@ def is_path(name: str) -> bool:
     return "/" in name or "\\" in name or name in {".", ".."} or Path(name, "config.json").is_file()
 
 
+def own_file(name: str | None) -> tuple[Path, str] | None:
+    """File and function of a name like ``mine.py:make_model``; None for any other name."""
+    path, _, function = (name or "").rpartition(":")
+    return (Path(path).expanduser(), function) if path.endswith(".py") else None
+
+
 def weights_kind(options: ModelOptions) -> str:
-    """``"pretrained"`` or ``"random"``: `auto` is random for names of the zoo."""
+    """``"pretrained"`` or ``"random"`` (`auto` is random for names of the zoo), or ``"own"``."""
+    if own_file(options.name):
+        return "own"
     if options.weights != "auto":
         return options.weights
     return "pretrained" if is_path(options.name or "") else "random"

@@ -70,6 +70,11 @@ class MolmoImageProcessor(BaseImageProcessor):
             "margins": tuple(self.overlap_margins),
         }
 
+    @property
+    def tiles(self) -> tiling.Tiles:
+        """How an image is cut, for those who count and do not cut."""
+        return tiling.Tiles(max_crops=self.max_crops, **self.geometry)
+
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Crop, normalise and patch one image.
 

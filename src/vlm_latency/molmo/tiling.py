@@ -15,8 +15,9 @@ right/bottom).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -169,6 +170,32 @@ num_image_special_tokens=36, num_vision_patches=4032)
         num_image_special_tokens=4 + side + high,
         num_vision_patches=crops * (crop // patch_size) ** 2,
     )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Molmo's way of cutting images, with the geometry of one model; the published one by default."""
+
+    max_crops: int = 12
+    patch_size: int = 14
+    crop: int = 336
+    margins: tuple[int, int] = (4, 4)
+
+    @property
+    def _cut(self) -> dict[str, Any]:
+        return {"patch_size": self.patch_size, "crop": self.crop, "margins": self.margins}
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Give rows and columns for an image of this size; see `select_tiling`."""
+        return select_tiling(height, width, self.max_crops, **self._cut)
+
+    def image_size(self, rows: int, cols: int) -> tuple[int, int]:
+        """Give (width, height) of an image that fills a grid; see `image_size_for_tiling`."""
+        return image_size_for_tiling(rows, cols, **self._cut)
+
+    def image_tokens(self, width: int, height: int) -> ImageTokens:
+        """Count crops, tokens and patches of an image; see `image_token_counts`."""
+        return image_token_counts(width, height, self.max_crops, **self._cut)
 
 
 def _canvas_places(tiles: int, patch_size: int, crop: int, margins: tuple[int, int]) -> np.ndarray:

@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
-from vlm_latency.molmo.tiling import image_size_for_tiling, select_tiling
 from vlm_latency.records import REQUEST_COLUMNS, typed
 from vlm_latency.vqa.images import MAX_SIDE, at_size, image_size, noise_recipe, read_file, sha256
 from vlm_latency.vqa.source import QuestionSource
@@ -25,6 +24,19 @@ SWEEP_QUESTION = "What is in the image?"
 # Grids with as many crops as a 1×k one but other token counts (7 crops: 704 or 768 tokens;
 # 13: 1152, 1184 or 1344), which tell the encoder's cost from the decoder's.
 _EQUAL_CROPS = {6: [(2, 3)], 12: [(3, 4), (2, 6)]}
+
+
+class Tiles(Protocol):
+    """How a model cuts images: ``vlm_latency.models``' ``architecture.nominal_tiles``."""
+
+    @property
+    def max_crops(self) -> int: ...
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Give rows and columns for an image of this size."""
+
+    def image_size(self, rows: int, cols: int) -> tuple[int, int]:
+        """Give (width, height) of an image that fills a grid."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ class Sampling:
         At most one question of each image, so that requests are independent.
     stratify_by_tiling
         Each tiling's share of the sample is its share of the data; reads every image's header.
-    max_crops
-        The most tiles that an image is cut into, for the tilings.
+    tiles
+        How the model cuts images, where that matters.
     """
 
     num_samples: int | None = None
@@ -50,7 +62,7 @@ class Sampling:
     seed: int = 0
     one_question_per_image: bool = False
     stratify_by_tiling: bool = False
-    max_crops: int = 12
+    tiles: Tiles | None = None
 
 
 def draw_requests(
@@ -96,11 +108,11 @@ def draw_requests(
 
 
 def sweep_vision_requests(
+    tiles: Tiles,
     max_grid_size: int = 12,
     equal_crop_pairs: bool = True,
     resolution_rule: str = "exact",
     seed: int = 0,
-    max_crops: int = 12,
 ) -> pd.DataFrame:
     """One synthetic image per grid 1×1 … 1×max_grid_size (exp3).
 
@@ -112,12 +124,12 @@ def sweep_vision_requests(
     Raises
     ------
     DataError
-        When a grid has more tiles than ``max_crops``.
+        When a grid has more tiles than ``tiles.max_crops``.
     """
-    if not 1 <= max_grid_size <= max_crops:
+    if not 1 <= max_grid_size <= tiles.max_crops:
         raise DataError(
             f"max_grid_size={max_grid_size} is out of range: a grid 1×k has k tiles, and at most "
-            f"{max_crops} are cut (max_crops)"
+            f"{tiles.max_crops} are cut (max_crops)"
         )
     if resolution_rule not in ("exact", "seed"):
         raise DataError(f"resolution rule {resolution_rule!r} is not known; expected exact or seed")
@@ -131,7 +143,7 @@ def sweep_vision_requests(
     rows = []
     for n, (r, c) in enumerate(grids):
         if resolution_rule == "exact":
-            width, height = image_size_for_tiling(r, c)
+            width, height = tiles.image_size(r, c)
         else:
             width, height = 336 * c, 336 * r
         row = _sweep_row(f"{prefix}-{r}x{c}", width, height, seed, n)
@@ -177,11 +189,12 @@ def sweep_language_requests(
     requests = draw_requests(source, sampling, "none", "exp4")
     if tiling not in (None, "none"):
         r, c = _parse_tiling(str(tiling))
-        if r * c > sampling.max_crops:
+        tiles = _tiles(sampling)
+        if r * c > tiles.max_crops:
             raise DataError(
-                f"tiling {tiling} has {r * c} tiles, and at most {sampling.max_crops} are cut"
+                f"tiling {tiling} has {r * c} tiles, and at most {tiles.max_crops} are cut"
             )
-        width, height = image_size_for_tiling(r, c)
+        width, height = tiles.image_size(r, c)
         requests = requests.assign(
             image_recipe=[at_size(recipe, width, height) for recipe in requests["image_recipe"]],
             image_width=width,
@@ -260,7 +273,7 @@ def _sample(source: QuestionSource, sampling: Sampling) -> pd.DataFrame:
             f"has {len(table)} questions on {images} images{why}"
         )
     if sampling.stratify_by_tiling:
-        rows = _spread_strata(rows, _tilings(source, rows, sampling.max_crops))
+        rows = _spread_strata(rows, _tilings(source, rows, _tiles(sampling)))
     return rows.head(count)
 
 
@@ -274,7 +287,13 @@ def _spread_strata(rows: pd.DataFrame, strata: pd.Series) -> pd.DataFrame:
     return rows.loc[place.sort_values(kind="stable").index]
 
 
-def _tilings(source: QuestionSource, rows: pd.DataFrame, max_crops: int) -> pd.Series:
+def _tiles(sampling: Sampling) -> Tiles:
+    if sampling.tiles is None:
+        raise DataError("tilings depend on the model; give Sampling(tiles=...) how it cuts images")
+    return sampling.tiles
+
+
+def _tilings(source: QuestionSource, rows: pd.DataFrame, tiles: Tiles) -> pd.Series:
     if source.fetch is not None:
         raise DataError(
             "stratify_by_tiling needs every image's size, and this hub dataset would have to be "
@@ -284,7 +303,7 @@ def _tilings(source: QuestionSource, rows: pd.DataFrame, max_crops: int) -> pd.S
 
     @cache
     def tiling(width: int, height: int) -> str:
-        rows, cols = select_tiling(height, width, max_crops)
+        rows, cols = tiles.grid(width, height)
         return f"{rows}x{cols}"
 
     pairs = zip(sizes["image_width"], sizes["image_height"], strict=True)

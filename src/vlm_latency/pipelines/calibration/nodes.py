@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.models.zoo import NULL
 from vlm_latency.options import ExperimentOptions, Options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
     from vlm_latency.vqa import QuestionSource
 
 log = logging.getLogger("vlm_latency")
 
 
 def measure_ceilings(
-    parameters: dict[str, Any], model: Model, known: dict[str, Any] | None
+    parameters: dict[str, Any], model: ModelHandle, known: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Measure the machine's ceilings: a large matmul, a large copy, the cost of a launch.
 
@@ -33,7 +32,7 @@ def measure_ceilings(
         ``flops_per_s``, ``bytes_per_s`` and ``launch_overhead_us`` with their intervals, and what
         they were measured on; empty for the null model, which runs on nothing.
     """
-    if model.options.name == NULL:
+    if model.architecture.simulated:
         return {}
     from vlm_latency.instrument.calibration import ceilings
 
@@ -50,7 +49,7 @@ def measure_ceilings(
 def calibrate(
     options: ExperimentOptions,
     parameters: dict[str, Any],
-    model: Model,
+    model: ModelHandle,
     questions: QuestionSource,
     ceilings: dict[str, Any],
 ) -> tuple[dict[str, Any], Figure]:

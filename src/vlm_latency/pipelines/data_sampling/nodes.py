@@ -13,12 +13,12 @@ from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import REQUEST_COLUMNS, typed, with_hashes
 
 if TYPE_CHECKING:
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
     from vlm_latency.vqa import QuestionSource, Sampling
 
 
 def draw_requests(
-    options: ExperimentOptions, questions: QuestionSource, model: Model
+    options: ExperimentOptions, questions: QuestionSource, model: ModelHandle
 ) -> pd.DataFrame:
     """Draw the requests of one experiment, or read a table of them made before.
 
@@ -33,7 +33,9 @@ def draw_requests(
     return with_hashes(requests)
 
 
-def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -> pd.DataFrame:
+def _draw(
+    options: ExperimentOptions, questions: QuestionSource, model: ModelHandle
+) -> pd.DataFrame:
     """Draw them; of the model only its tiling matters: exp3 asks for grids where there are any."""
     from vlm_latency import vqa
 
@@ -42,7 +44,7 @@ def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -
         return _read_requests(Path(sampling.requests), options.experiment)
     if options.experiment == "exp3":
         return _vision_sweep(options, model)
-    drawing = _sampling(options)
+    drawing = _sampling(options, model)
     if options.experiment == "exp4":
         lengths = sampling.max_new_tokens_list
         if not lengths:
@@ -54,7 +56,7 @@ def _draw(options: ExperimentOptions, questions: QuestionSource, model: Model) -
     return vqa.draw_requests(questions, drawing, length, options.experiment)
 
 
-def too_long(options: ExperimentOptions, model: Model) -> dict[int, int]:
+def too_long(options: ExperimentOptions, model: ModelHandle) -> dict[int, int]:
     """Find the output lengths that do not fit behind the longest prompt the experiment may make.
 
     Returns
@@ -84,7 +86,7 @@ def _number(rule: str) -> int:
     return int(rule.removeprefix("≤"))
 
 
-def _fitting(requests: pd.DataFrame, long: dict[int, int], model: Model) -> pd.DataFrame:
+def _fitting(requests: pd.DataFrame, long: dict[int, int], model: ModelHandle) -> pd.DataFrame:
     """Leave the lengths out that do not fit the model."""
     kept = requests[~requests["output_length"].map(_number).isin(long)].reset_index(drop=True)
     if kept.empty:
@@ -98,10 +100,8 @@ def _fitting(requests: pd.DataFrame, long: dict[int, int], model: Model) -> pd.D
 _TEXT_ALLOWANCE = 64  # tokens of question and template; VQA v2's longest questions have about 30
 
 
-def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
+def _longest_prompt(options: ExperimentOptions, model: ModelHandle) -> int:
     """Tokens of the prompt: exact in its image where the tiling is fixed, else the largest."""
-    from vlm_latency.molmo.tiling import image_size_for_tiling
-
     architecture = model.architecture
     tiling = options.sampling.tiling
     if options.sampling.requests is not None:
@@ -110,7 +110,7 @@ def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
         sizes = [(int(width), int(height)) for width, height in known.to_numpy()] or [(640, 480)]
     elif tiling and tiling != "none":
         rows, cols = (int(part) for part in re.split("[x×]", tiling))
-        sizes = [image_size_for_tiling(rows, cols)]
+        sizes = [architecture.image_size_for(rows, cols)]
     else:
         sizes = [(640, 480), (480, 640), (640, 640), (2800, 448)]
     images = (architecture.image_tokens(*size) for size in sizes)
@@ -118,36 +118,34 @@ def _longest_prompt(options: ExperimentOptions, model: Model) -> int:
     return most + _TEXT_ALLOWANCE + len(options.prompt.template) // 2
 
 
-def _sampling(options: ExperimentOptions) -> Sampling:
+def _sampling(options: ExperimentOptions, model: ModelHandle) -> Sampling:
     from vlm_latency.vqa import Sampling
 
     asked = options.sampling
+    cuts = asked.stratify_by_tiling or options.experiment == "exp4"
     return Sampling(
         num_samples=asked.num_samples,
         order=str(asked.order),
         seed=asked.seed,
         one_question_per_image=bool(asked.one_question_per_image),
         stratify_by_tiling=asked.stratify_by_tiling,
-        max_crops=options.model.max_crops or 12,
+        tiles=model.architecture.nominal_tiles if cuts else None,
     )
 
 
-def _vision_sweep(options: ExperimentOptions, model: Model) -> pd.DataFrame:
+def _vision_sweep(options: ExperimentOptions, model: ModelHandle) -> pd.DataFrame:
     from vlm_latency import vqa
 
     sampling = options.sampling
     largest = sampling.max_grid_size or 12
     if sampling.sizes:
         return vqa.sweep_sizes_requests([_size(text) for text in sampling.sizes], sampling.seed)
-    if model.architecture.tiling is None:
+    tiles = model.architecture.tiles
+    if tiles is None:
         ladder = model.architecture.image_sizes_for_ladder(largest)
         return vqa.sweep_sizes_requests(ladder, sampling.seed)
     return vqa.sweep_vision_requests(
-        largest,
-        bool(sampling.equal_crop_pairs),
-        options.protocol,
-        sampling.seed,
-        options.model.max_crops or 12,
+        tiles, largest, bool(sampling.equal_crop_pairs), options.protocol, sampling.seed
     )
 
 

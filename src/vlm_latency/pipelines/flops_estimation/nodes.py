@@ -9,11 +9,14 @@ import pandas as pd
 from vlm_latency.options import ExperimentOptions
 
 if TYPE_CHECKING:
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
 
 
 def estimate(
-    options: ExperimentOptions, measurements: pd.DataFrame, model: Model, ceilings: dict[str, Any]
+    options: ExperimentOptions,
+    measurements: pd.DataFrame,
+    model: ModelHandle,
+    ceilings: dict[str, Any],
 ) -> pd.DataFrame:
     """Add the cost columns to the runs.
 

@@ -14,16 +14,16 @@ from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import MEASURED_COLUMNS, typed
 
 if TYPE_CHECKING:
-    from vlm_latency.datasets.inputs import Model
     from vlm_latency.datasets.record_log import Chunk
     from vlm_latency.journal import Journal
+    from vlm_latency.models import ModelHandle
     from vlm_latency.vqa import QuestionSource
 
 log = logging.getLogger("vlm_latency")
 
 
 def describe_environment(
-    options: ExperimentOptions, model: Model, questions: QuestionSource, after: Any = None
+    options: ExperimentOptions, model: ModelHandle, questions: QuestionSource, after: Any = None
 ) -> dict[str, Any]:
     """Record on what, and under which conditions, the experiment is measured.
 
@@ -53,7 +53,7 @@ def describe_environment(
 def measure(
     options: ExperimentOptions,
     requests: pd.DataFrame,
-    model: Model,
+    model: ModelHandle,
     questions: QuestionSource,
     environment: dict[str, Any],
     journal: Journal,

@@ -7,13 +7,13 @@ from kedro.pipeline import Pipeline, node
 from vlm_latency.options import ExperimentOptions, Options
 
 if TYPE_CHECKING:
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
 
 
 def create_pipeline(experiment: str) -> Pipeline:
     """Settle the options of one experiment."""
 
-    def settle_options(parameters: dict[str, Any], model: "Model") -> ExperimentOptions:
+    def settle_options(parameters: dict[str, Any], model: "ModelHandle") -> ExperimentOptions:
         """Settle what the protocol, the shared groups and the experiment's overrides leave open."""
         return Options.from_parameters(parameters).experiment(experiment, model.weights)
 

@@ -17,12 +17,12 @@ from vlm_latency.results import entry_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
 
 
 def predict(
     parameters: dict[str, Any],
-    model: Model,
+    model: ModelHandle,
     vision: dict[str, Any],
     language: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:

@@ -13,7 +13,7 @@ from vlm_latency.pipelines.reporting.exp1 import outliers, question_entries
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
     requests: pd.DataFrame,
     coverage: dict[str, Any],
     environment: dict[str, Any],
-    model: Model,
+    model: ModelHandle,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, Figure]:
     """Report on the components.
 

@@ -14,7 +14,7 @@ from vlm_latency.pipelines.reporting.exp1 import outliers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.datasets.inputs import Model
+    from vlm_latency.models import ModelHandle
 
 BINS = 48  # of positions, for the line through the steps
 FITTED = ("T_LLM_decode", "T_total")
@@ -27,7 +27,7 @@ def report(
     coverage: dict[str, Any],
     environment: dict[str, Any],
     ceilings: dict[str, Any],
-    model: Model,
+    model: ModelHandle,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Report on output tokens.
 

@@ -1,0 +1,83 @@
+"""A model by its options: described at once, loaded when it is first run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlm_latency.models.zoo import NULL, load_zoo, own_file, weights_kind
+
+if TYPE_CHECKING:
+    from vlm_latency.models.interface import LoadedModel, ModelArchitecture
+    from vlm_latency.options import ModelOptions
+
+
+def room_of(options: ModelOptions) -> Any:
+    """Give the module that makes this kind of model: each has the functions that are used below."""
+    name = "null" if options.name == NULL else "own" if own_file(options.name) else "loading"
+    return import_module(f"vlm_latency.models.{name}")
+
+
+class ModelHandle:
+    """A model that is described at once and loaded when it is first run."""
+
+    def __init__(self, options: ModelOptions):
+        self.options = options
+
+    @cached_property
+    def weights(self) -> str:
+        """``pretrained``, ``random`` or ``own``; known without loading anything."""
+        return weights_kind(self.options)
+
+    @cached_property
+    def architecture(self) -> ModelArchitecture:
+        """What analyses need to know, without weights."""
+        return describe(self.options)
+
+    @cached_property
+    def device(self) -> str:
+        """Where it runs: ``cpu``, ``cuda:0``; a device that is not there is an error."""
+        return resolve_device(self.options)
+
+    @cached_property
+    def dtype(self) -> str:
+        """What it computes in: ``float32``, ``bfloat16`` or ``float16``."""
+        return dtype_name(self.options)
+
+    def check_fits(self) -> None:
+        """Refuse a model that cannot be built, or that the device's free memory does not hold."""
+        room_of(self.options).check_fits(self.architecture, self.options)
+
+    @cached_property
+    def vlm(self) -> LoadedModel:
+        """The model on its device, ready to measure."""
+        return load(self.options)
+
+
+def load(options: ModelOptions) -> LoadedModel:
+    """Load the model that the options ask for; see `vlm_latency.models.loading.load`."""
+    found: LoadedModel = room_of(options).load(options)
+    return found
+
+
+def describe(options: ModelOptions) -> ModelArchitecture:
+    """Describe a model's architecture; see `vlm_latency.models.architecture.describe`."""
+    found: ModelArchitecture = room_of(options).describe(options)
+    return found
+
+
+def resolve_device(options: ModelOptions) -> str:
+    """Where the model runs: ``cpu``, ``cuda:0``; a device that is not there is a `ModelError`."""
+    return str(room_of(options).resolve_device(options))
+
+
+def dtype_name(options: ModelOptions) -> str:
+    """What the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
+    room = room_of(options)
+    return str(room.resolve_dtype(options, room.resolve_device(options))).removeprefix("torch.")
+
+
+def known_models(zoo_file: str | None = None) -> list[str]:
+    """The zoo's names, with those of a user's own zoo file."""
+    return sorted(load_zoo(zoo_file).models)
