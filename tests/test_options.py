@@ -65,6 +65,17 @@ def test_lists_are_taken_as_words(given: Any) -> None:
     assert options.exp4.sampling.max_new_tokens_list == (8, 16, 32)
 
 
+def test_tilings_are_read_once() -> None:
+    asked = {"calibration": {"tiling": "2×3"}, "exp4": {"sampling": {"tiling": "none"}}}
+    options = Options.from_parameters(asked)
+    assert options.calibration.tiling == (2, 3)
+    assert options.calibration.model_dump(mode="json")["tiling"] == "2x3"
+    assert options.exp4.sampling.tiling is None
+    for group in ({"calibration": {"tiling": "none"}}, {"exp4": {"sampling": {"tiling": "0x3"}}}):
+        with pytest.raises(UserError, match="expected rows x columns, such as 2x3"):
+            Options.from_parameters(group)
+
+
 def test_an_experiment_overrides_the_shared_group_and_that_the_protocol() -> None:
     options = Options.from_parameters(
         {

@@ -13,7 +13,15 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from vlm_latency.errors import UserError
 
@@ -38,18 +46,33 @@ def _output_length(value: Any) -> str:
     raise ValueError("expected natural, answer, none or a positive number")
 
 
-def _tiling(value: Any) -> str:
-    text = str(value)
-    if text == "none" or re.fullmatch(r"[1-9]\d*[x×][1-9]\d*", text):
-        return text
-    raise ValueError("expected rows x columns, such as 2x3, or none")
+def _tiling(value: Any) -> Any:
+    """Read "2x3" once, as (rows, columns)."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value)
+    if not match:
+        raise ValueError("expected rows x columns, such as 2x3")
+    return int(match[1]), int(match[2])
+
+
+def _tiling_or_none(value: Any) -> Any:
+    try:
+        return None if value == "none" else _tiling(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
 
 
 Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
 Sizes = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Folders = Annotated[tuple[str, ...], BeforeValidator(_words)]
 OutputLength = Annotated[str, BeforeValidator(_output_length)]
-Tiling = Annotated[str, BeforeValidator(_tiling)]
+_Tiles = Annotated[int, Field(gt=0)]
+Tiling = Annotated[
+    tuple[_Tiles, _Tiles],
+    BeforeValidator(_tiling),
+    PlainSerializer(lambda grid: f"{grid[0]}x{grid[1]}", when_used="json"),
+]
 
 
 class Group(BaseModel):
@@ -133,7 +156,8 @@ class SamplingOptions(Group):
     sizes: Sizes | None = None  # "336x336 672x336": for models without tiles
     # exp4
     max_new_tokens_list: Lengths | None = None
-    tiling: Tiling | None = None  # "2x3": one prompt size for every image; "none": as they are
+    # "2x3": one prompt size for every image; none: as they are
+    tiling: Annotated[Tiling | None, BeforeValidator(_tiling_or_none)] = None
     on_too_long: Literal["refuse", "drop"] = "refuse"
     use_eos_token: bool = False  # may stop before the length; false: exactly so many tokens
 
@@ -193,7 +217,8 @@ class Exp5Options(Group):
 class CalibrationOptions(Group):
     """``calibration.*``: how much the instrument is made to prove."""
 
-    pairs: Annotated[int, Field(ge=2)] = 40
+    pairs: Annotated[int, Field(ge=2)] = 40  # at least; more until half_width is reached
+    half_width: Annotated[float, Field(gt=0)] = 0.003  # of the ratios' intervals, a share
     aa_comparisons: Annotated[int, Field(ge=1)] = 200
     aa_pairs: Annotated[int, Field(ge=2)] = 20
     delays_ms: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)] = (
@@ -201,11 +226,12 @@ class CalibrationOptions(Group):
         10.0,
         50.0,
     )
-    injections: Annotated[int, Field(ge=1)] = 12
+    injections: Annotated[int, Field(ge=1)] = 12  # of each delay at least
     method_requests: Annotated[int, Field(ge=1)] = 12
     output_tokens: Annotated[int, Field(ge=2)] = 8
-    tiling: Tiling = "1x1"
-    proof_seconds: Annotated[float, Field(gt=0)] = 45.0  # each: a slow model gets fewer pairs
+    tiling: Tiling = (1, 1)
+    proof_seconds: Annotated[float, Field(gt=0)] = 120.0  # of each proof; then it is undecided
+    aa_seconds: Annotated[float, Field(gt=0)] = 300.0  # of the comparisons of equals
     ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
 
 

@@ -118,6 +118,7 @@ class Meter:
         self.model = vlm.model
         self.device = torch.device(vlm.device)
         self.engine = engine
+        self.max_cache_len = max_cache_len
         if self.device.type not in ("cpu", "cuda"):
             raise MeasurementError(
                 f"found model.device={self.device.type}; expected cpu or cuda, the devices whose "

@@ -321,7 +321,7 @@ class Session:
         self._template = template
         self._noise = NoiseProbe()
         self._gpu = GpuProbe(vlm.device)
-        self._meter: Any = None
+        self.meter: Any = None
         self._seen: set[Any] = set()
         self._image_tokens: dict[tuple[int, int], Any] = {}
 
@@ -343,7 +343,7 @@ class Session:
 
             return make_meter(vlm, self.options.method or "timeline", engine, length)
 
-        self._meter = self.vlm.meter(make)
+        self.meter = self.vlm.meter(make)
         if rows:
             self._warm_up(rows)
         self.log.warmup_s = time.perf_counter() - start
@@ -351,8 +351,8 @@ class Session:
     def close(self) -> None:
         """Take everything off the model again."""
         self._noise.close()
-        if self._meter is not None:
-            self._meter.close()
+        if self.meter is not None:
+            self.meter.close()
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Measure one request; whatever goes wrong with it is in the row."""
@@ -379,7 +379,7 @@ class Session:
         preprocess_ms = (time.perf_counter() - start) * 1e3
         max_new_tokens, stop_at_eos = output_rule(request, self.options, self.vlm.count_tokens)
         self._noise.start()
-        reading = self._meter(prepared, max_new_tokens, stop_at_eos)
+        reading = self.meter(prepared, max_new_tokens, stop_at_eos)
         noise = self._noise.stop()
         self.log.preprocess_s += preprocess_ms / 1e3
         self.log.measured_s += reading.timed_ms / 1e3
@@ -401,6 +401,10 @@ class Session:
             "kv_cache_bytes": reading.kv_cache_bytes,
             "generated_text": self.vlm.decode(reading.token_ids),
         }
+
+    def prepare(self, request: dict[str, Any]) -> Any:
+        """Fetch a request's image and give what the model is called with, on the device."""
+        return self._prepare(self._fetch(request), request)
 
     def _prepare(self, data: bytes, request: dict[str, Any]) -> Any:
         """Decode, tile, normalise, tokenise and copy to the device: what T_preprocess covers."""
@@ -431,11 +435,11 @@ class Session:
         times: list[float] = []
         entry: dict[str, Any] = {"tokens": tokens, "error": None}
         try:
-            prepared = self._prepare(self._fetch(request), request)
+            prepared = self.prepare(request)
             entry["num_crops"] = prepared.counts.num_crops
             entry["num_vision_patches"] = prepared.counts.num_vision_patches
             while not warm(times) and len(times) < self.options.warmup_max_runs:
-                times.append(self._meter(prepared, tokens, False).timed_ms)
+                times.append(self.meter(prepared, tokens, False).timed_ms)
         except Exception as error:  # the run itself will say so, in its row
             entry["error"] = _message(error)
             error.__traceback__ = None

@@ -6,7 +6,6 @@ output's length: no tokens, so that one table serves any model on any machine.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -168,31 +167,31 @@ def sweep_language_requests(
     source: QuestionSource,
     sampling: Sampling,
     lengths: Sequence[int],
-    tiling: str | None = "2x3",
+    tiling: tuple[int, int] | None = (2, 3),
     until_eos: bool = False,
 ) -> pd.DataFrame:
     """The same drawn images and questions at every output length (exp4).
 
     Exactly so many tokens are forced; with ``until_eos`` the end-of-sequence token may stop earlier.
 
-    With ``tiling`` (rows x columns) each image is brought to exactly that tiling's size, so that
-    every prompt has the same number of vision tokens; None or ``none`` leaves them as they are.
+    With ``tiling`` (rows, columns) each image is brought to exactly that tiling's size, so that
+    every prompt has the same number of vision tokens; None leaves them as they are.
 
     Raises
     ------
     DataError
-        As ``draw_requests``; when there is no length, or ``tiling`` is not like 2x3.
+        As ``draw_requests``; when there is no length, or ``tiling`` has too many tiles.
     """
     lengths = list(dict.fromkeys(lengths))
     if not lengths:
         raise DataError("found no output lengths; expected at least one, such as 8 16 32")
     requests = draw_requests(source, sampling, "none", "exp4")
-    if tiling not in (None, "none"):
-        r, c = _parse_tiling(str(tiling))
+    if tiling is not None:
+        r, c = tiling
         tiles = _tiles(sampling)
         if r * c > tiles.max_crops:
             raise DataError(
-                f"tiling {tiling} has {r * c} tiles, and at most {tiles.max_crops} are cut"
+                f"tiling {r}x{c} has {r * c} tiles, and at most {tiles.max_crops} are cut"
             )
         width, height = tiles.image_size(r, c)
         requests = requests.assign(
@@ -244,13 +243,6 @@ def _output_length(value: str | int) -> str:
     raise DataError(
         f"output_length {value!r} is not a rule; expected natural, answer, none or a number ≥ 1"
     )
-
-
-def _parse_tiling(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
-    if match is None:
-        raise DataError(f"tiling {text!r} is not like 2x3 (rows x columns)")
-    return int(match[1]), int(match[2])
 
 
 def _sample(source: QuestionSource, sampling: Sampling) -> pd.DataFrame:

@@ -34,7 +34,7 @@ def measure_ceilings(
     """
     if model.architecture.simulated:
         return {}
-    from vlm_latency.instrument.calibration import ceilings
+    from vlm_latency.instrument.ceilings import ceilings
 
     options = Options.from_parameters(parameters)
     device, dtype, threads = model.device, model.dtype, model.options.num_threads
@@ -78,6 +78,7 @@ def calibrate(
         requests,
         lambda row: image_bytes(row, questions.root),
         template=options.prompt.template,
+        measurement=options.measurement,
         known_ceilings=ceilings or None,
     )
     about = environment(

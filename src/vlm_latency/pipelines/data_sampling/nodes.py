@@ -108,9 +108,8 @@ def _longest_prompt(options: ExperimentOptions, model: ModelHandle) -> int:
         table = _read_requests(Path(options.sampling.requests), options.experiment)
         known = table[["image_width", "image_height"]].dropna().drop_duplicates()
         sizes = [(int(width), int(height)) for width, height in known.to_numpy()] or [(640, 480)]
-    elif tiling and tiling != "none":
-        rows, cols = (int(part) for part in re.split("[x×]", tiling))
-        sizes = [architecture.image_size_for(rows, cols)]
+    elif tiling:
+        sizes = [architecture.image_size_for(*tiling)]
     else:
         sizes = [(640, 480), (480, 640), (640, 640), (2800, 448)]
     images = (architecture.image_tokens(*size) for size in sizes)
