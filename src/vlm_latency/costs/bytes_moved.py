@@ -70,8 +70,10 @@ def bytes_moved(census: Census, shape: RequestShape, dtype: str) -> dict[str, An
         "vision": has_image * census.vision.weights + _activations(census.vision, counts["vision"]),
         "projector": has_image * census.projector.weights
         + _activations(census.projector, counts["projector"]),
-        "llm_prefill": dense + _experts(census, prompt) + _cache(census, 0, prompt, as_one=True),
-        "llm_decode": steps * (dense + _experts(census, 1)) + _cache(census, prompt, steps),
+        "llm_prefill": dense
+        + _experts(census, prompt, np.asarray(shape.num_vision_tokens, dtype=np.int64))
+        + _cache(census, 0, prompt, as_one=True),
+        "llm_decode": steps * (dense + _experts(census, 1, 0)) + _cache(census, prompt, steps),
     }
     for part in ("llm_prefill", "llm_decode"):
         for tally in (census.llm, census.head):
@@ -114,11 +116,20 @@ def _activations(tally: Tally, counts: dict[str, Any]) -> Any:
     return sum(elements * counts[unit] for unit, elements in tally.elements.items())
 
 
-def _experts(census: Census, tokens: Any) -> Any:
+def _experts(census: Census, tokens: Any, of_image: Any) -> Any:
+    """Weights of the experts that so many tokens visit, `of_image` of them an image's."""
     if not census.num_experts:
         return 0
-    share = expected_experts(census.num_experts, census.top_k, tokens) / census.num_experts
-    return census.llm.expert_weights * share
+    tally = census.llm
+    if not tally.vision_expert_weights:
+        of_image = np.zeros_like(tokens)
+    return sum(
+        weights * expected_experts(census.num_experts, census.top_k, visits) / census.num_experts
+        for weights, visits in (
+            (tally.expert_weights, tokens - of_image),
+            (tally.vision_expert_weights, of_image),
+        )
+    )
 
 
 def _cache(census: Census, start: Any, steps: Any, *, as_one: bool = False) -> Any:

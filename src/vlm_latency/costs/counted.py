@@ -25,8 +25,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise, repeat
 from typing import Any
 
@@ -37,9 +37,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlm_latency.costs.blocks import Count, EqualBlocks, copied_layer
 
 COUNTED_IMAGES = 48
 CONFIRMED_IMAGES = 8
+
+# Tokens of the prompt that shows what a cache looks like.
+SHORT = 2
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -71,37 +77,53 @@ class ShapesOnly(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Counts scaled-dot-product attention as one launch, though meta runs it step by step."""
+    """Counts scaled-dot-product attention as one launch, though meta runs it step by step.
 
-    def __init__(self, shapes: ShapesOnly) -> None:
+    Where `read` and `add` are given attention on the same shapes is run once: an encoder with
+    windows has hundreds of them.
+    """
+
+    def __init__(
+        self,
+        shapes: ShapesOnly,
+        read: Callable[[], Count] | None = None,
+        add: Callable[[Count], None] | None = None,
+    ) -> None:
         super().__init__()
         self.shapes = shapes
+        self.read = read
+        self.add = add
+        self.known: dict[Any, tuple[torch.Tensor, Count]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        if self.read is None or self.add is None:
+            return self._fused(func, args, kwargs)
+        key = tuple(
+            (tuple(x.shape), x.dtype, x.is_meta) if isinstance(x, torch.Tensor) else x
+            for x in (*args, *sorted(kwargs), *(kwargs[name] for name in sorted(kwargs)))
+        )
+        if key in self.known:
+            given, count = self.known[key]
+            self.add(count)
+            return given
+        before = self.read()
+        given = self._fused(func, args, kwargs)
+        if given.is_meta:
+            self.known[key] = given, self.read() - before
+        return given
+
+    def _fused(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.shapes.launches += 1
         self.shapes.fused += 1
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             self.shapes.fused -= 1
-
-
-@dataclass(frozen=True)
-class Count:
-    """What one forward costs."""
-
-    flops: int = 0
-    launches: int = 0
-
-    def __add__(self, other: Count) -> Count:
-        return Count(self.flops + other.flops, self.launches + other.launches)
-
-    def __sub__(self, other: Count) -> Count:
-        return Count(self.flops - other.flops, self.launches - other.launches)
 
 
 class Counter:
@@ -115,35 +137,46 @@ class Counter:
         Which module is the vision encoder, the projector, the language model and the head.
     window : int, optional
         Keys that a sliding layer sees, where the decoder has such layers.
+    equal_blocks : bool
+        Count equal blocks once; without, every block is run.
     """
 
-    def __init__(self, model: Any, components: Any, window: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        components: Any,
+        window: int | None = None,
+        *,
+        equal_blocks: bool = True,
+    ) -> None:
         self.model = model
         self.modules = components.resolve(model)
         self.text_config = model.config.get_text_config()
         self.window = window
+        self._blocks = EqualBlocks(model) if equal_blocks else None
         self._steps: dict[int, Count] = {}
         self._prefills: dict[int, Count] = {}
 
     def vision(self, inputs: dict[str, torch.Tensor]) -> tuple[Count, Count]:
         """Run ``get_image_features`` on `inputs`: the encoder, and the rest (the projector)."""
         wanted = inspect.signature(self.model.get_image_features).parameters
-        arguments = {
-            # Where only a shape is given, ones: no code takes them for an empty crop or padding.
-            name: torch.ones((), dtype=value.dtype).expand(value.shape) if value.is_meta else value
-            for name, value in inputs.items()
-            if name in wanted
-        }
-        with _counting() as read:
+        arguments = {name: value for name, value in inputs.items() if name in wanted}
+        with self._counting() as read:
             with _spent(self.modules.vision_encoder, read) as encoder, ExitStack() as stack:
                 nested = [
                     stack.enter_context(_spent(module, read)) for module in self.modules.mergers
                 ]
-                self.model.get_image_features(**arguments)
+                self.model.get_image_features(**_with_ones(arguments))
             whole = read()
         mergers = [count for counts in nested for count in counts]
         vision = sum(encoder, Count()) - sum(mergers, Count())
         return vision, whole - vision
+
+    def whole(self, inputs: dict[str, torch.Tensor]) -> Count:
+        """Run the whole model on a request, up to its first token."""
+        with self._counting() as read:
+            self.model(**_with_ones(inputs), logits_to_keep=1, use_cache=True)
+            return read()
 
     def prefill(self, tokens: int) -> Count:
         """Run decoder and head on a prompt; the head on its last position only."""
@@ -158,22 +191,81 @@ class Counter:
         return self._steps[cached]
 
     def _decode(self, tokens: int, cached: int) -> Count:
-        config, dtype = self.text_config, self.model.dtype
-        cache = DynamicCache(config=config)
-        embeddings = torch.empty(1, tokens, config.hidden_size, device="meta", dtype=dtype)
-        if cached:
-            head_dim = getattr(config, "head_dim", None)
-            head_dim = head_dim or config.hidden_size // config.num_attention_heads
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            past = torch.empty(1, heads, cached, head_dim, device="meta", dtype=dtype)
-            for layer in range(config.num_hidden_layers):
-                cache.update(past, past, layer)
-        with _batched_experts(self.modules.language_model), _counting() as read:
-            states = self.modules.language_model(
-                inputs_embeds=embeddings, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            self.modules.head(states[:, -1:])
+        cache = self._cache_of(cached) if cached else self._empty_cache()
+        return self._run_decoder(tokens, cache)
+
+    def _run_decoder(self, tokens: int, cache: Any) -> Count:
+        decoder, head = self.modules.language_model, self.modules.head
+        embeddings = torch.empty(
+            1, tokens, self.text_config.hidden_size, device="meta", dtype=self.model.dtype
+        )
+        inputs = {"inputs_embeds": embeddings, "past_key_values": cache, "use_cache": True}
+        with self._counting() as read:
+            if any(module is head for module in decoder.modules()):
+                decoder(**inputs, logits_to_keep=1)
+            else:
+                head(decoder(**inputs).last_hidden_state[:, -1:])
             return read()
+
+    def _empty_cache(self) -> Any:
+        return DynamicCache(config=self.text_config)
+
+    def _cache_of(self, cached: int) -> Any:
+        """A cache as prefill of so many tokens leaves it, with a short one for its model."""
+        cache = self._empty_cache()
+        for number, short in enumerate(self._short_cache.layers):
+            if not isinstance(short, DynamicLayer):
+                cache.layers[number] = copied_layer(short)
+            elif short.is_initialized:
+                shapes = [
+                    (*states.shape[:-2], cached, states.shape[-1])
+                    for states in (short.keys, short.values)
+                ]
+                keys, values = (
+                    torch.empty(shape, device="meta", dtype=self.model.dtype) for shape in shapes
+                )
+                cache.layers[number].update(keys, values)
+        return cache
+
+    @cached_property
+    def _short_cache(self) -> Any:
+        cache = self._empty_cache()
+        self._prefills[SHORT] = self._run_decoder(SHORT, cache)
+        return cache
+
+    def cached_elements(self) -> list[int]:
+        """Elements that each layer keeps of one token: keys and values."""
+        return [
+            sum(states.numel() for states in (layer.keys, layer.values)) // SHORT
+            if isinstance(layer, DynamicLayer) and layer.is_initialized
+            else 0
+            for layer in self._short_cache.layers
+        ]
+
+    @contextmanager
+    def _counting(self) -> Iterator[Callable[[], Count]]:
+        """Run on shapes only; gives a function that reads the count so far."""
+        shapes, flops, known = ShapesOnly(), FlopCounterMode(display=False), [Count()]
+
+        def read() -> Count:
+            return Count(flops.get_total_flops(), shapes.launches) + known[0]
+
+        def add(count: Count) -> None:
+            known[0] += count
+
+        once = (read, add) if self._blocks else ()
+        with ExitStack() as stack:
+            for context in (
+                torch.no_grad(),
+                shapes,
+                FusedAttention(shapes, *once),
+                flops,
+                _batched_experts(self.model),
+            ):
+                stack.enter_context(context)
+            if self._blocks:
+                stack.enter_context(self._blocks.running(read, add))
+            yield read
 
     def prefill_flops(self, lengths: Iterable[int]) -> dict[int, int]:
         """FLOPs of prefill at each prompt length."""
@@ -292,19 +384,6 @@ def _polynomial(
 
 
 @contextmanager
-def _counting() -> Iterator[Callable[[], Count]]:
-    """Run on shapes only; gives a function that reads the count so far."""
-    shapes = ShapesOnly()
-    with (
-        torch.no_grad(),
-        shapes,
-        FusedAttention(shapes),
-        FlopCounterMode(display=False) as flops,
-    ):
-        yield lambda: Count(flops.get_total_flops(), shapes.launches)
-
-
-@contextmanager
 def _spent(module: nn.Module, read: Callable[[], Count]) -> Iterator[list[Count]]:
     """What each call of `module` costs."""
     calls: list[Count] = []
@@ -321,12 +400,23 @@ def _spent(module: nn.Module, read: Callable[[], Count]) -> Iterator[list[Count]
 
 
 @contextmanager
-def _batched_experts(decoder: Any) -> Iterator[None]:
+def _batched_experts(model: Any) -> Iterator[None]:
     """Run mixtures of experts as batched products, which the counter knows."""
-    config = decoder.config
-    before = config._experts_implementation
-    config._experts_implementation = "batched_mm"
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(x): x for x in found if hasattr(x, "_experts_implementation")}.values()
+    before = [config._experts_implementation for config in configs]
     try:
+        for config in configs:
+            config._experts_implementation = "batched_mm"
         yield
     finally:
-        config._experts_implementation = before
+        for config, implementation in zip(configs, before, strict=True):
+            config._experts_implementation = implementation
+
+
+def _with_ones(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ones where only a shape is given: no code takes them for an empty crop or padding."""
+    return {
+        name: torch.ones((), dtype=value.dtype).expand(value.shape) if value.is_meta else value
+        for name, value in inputs.items()
+    }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
+from vlm_latency.models.experts import expert_sets
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +161,7 @@ class Parameters:
     params_projector: int
     params_image_projector: int | None  # without pooling and padding vectors, where told apart
     params_llm: int
-    params_llm_active: int  # that one token runs through: top-k of the experts
+    params_llm_active: int  # that one token of text runs through: top-k of the experts
     params_total: int
     params_active: int
     moe_num_experts: int | None
@@ -186,17 +187,15 @@ def count_parameters(model: PreTrainedModel, components: Components) -> Paramete
     total, vision_total, llm_total = (sum(d.values()) for d in (everything, vision, llm))
     image_projector = ids(*(model.get_submodule(path) for path in components.image_projector))
 
-    text = model.config.get_text_config()
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
-    top_k = getattr(text, "num_experts_per_tok", None) if experts else None
-    idle = 0
-    if experts and top_k:
-        expert_params = sum(
-            sum(ids(module).values())
-            for module in parts.language_model.modules()
-            if type(module).__name__.endswith("Experts")
-        )
-        idle = expert_params * (experts - top_k) // experts
+    sets = expert_sets(parts.language_model)
+    # Of experts for images a token of text visits none.
+    idle = sum(
+        found.parameters
+        if found.visitors == "vision"
+        else found.parameters * (found.number - found.top_k) // found.number
+        for found in sets
+        if found.top_k
+    )
     return Parameters(
         params_vision_encoder=vision_total,
         params_projector=sum(projector.values()) + sum(everything[key] for key in loose),
@@ -205,6 +204,6 @@ def count_parameters(model: PreTrainedModel, components: Components) -> Paramete
         params_llm_active=llm_total - idle,
         params_total=total,
         params_active=total - idle,
-        moe_num_experts=experts,
-        moe_top_k=top_k,
+        moe_num_experts=sets[0].number if sets else None,
+        moe_top_k=(sets[0].top_k or None) if sets else None,
     )
