@@ -25,7 +25,7 @@ NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "bl
 PLAIN = (int, float, str, bool, type(None), torch.dtype)
 
 
-class _Unlike(Exception):
+class UnlikeError(Exception):
     """An argument that cannot be compared."""
 
 
@@ -86,11 +86,11 @@ class EqualBlocks:
         add: Callable[[Count], None],
     ) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
-            number = _number(block) if caches else None
+            caches: list[Any] = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
             try:
+                number = _number(block) if caches else 0
                 key = (self._kind(block), _likeness((args, kwargs), number))
-            except _Unlike:
+            except UnlikeError:
                 return forward(*args, **kwargs)
             if key in self._known:
                 given, kept, count = self._known[key]
@@ -135,10 +135,10 @@ def _number(block: nn.Module) -> int:
         for name in NUMBERS:
             if isinstance(found := vars(module).get(name), int):
                 return found
-    raise _Unlike
+    raise UnlikeError
 
 
-def _likeness(value: Any, number: int | None) -> Any:
+def _likeness(value: Any, number: int) -> Any:
     """What two arguments have in common when a block costs the same on both."""
     if isinstance(value, torch.Tensor):
         known = None if value.is_meta else value.contiguous().view(-1).numpy().tobytes()
@@ -151,13 +151,13 @@ def _likeness(value: Any, number: int | None) -> Any:
         return tuple((name, _likeness(item, number)) for name, item in value.items())
     if isinstance(value, PreTrainedConfig):
         return id(value)
-    if isinstance(value, Cache) and number is not None and number < len(value.layers):
+    if isinstance(value, Cache) and number < len(value.layers):
         layer = value.layers[number]
         return type(layer), _likeness(
             {name: item for name, item in vars(layer).items() if not isinstance(item, torch.device)},
-            None,
+            number,
         )
-    raise _Unlike
+    raise UnlikeError
 
 
 def copied_layer(layer: Any) -> Any:

@@ -217,12 +217,12 @@ class Counter:
             if not isinstance(short, DynamicLayer):
                 cache.layers[number] = copied_layer(short)
             elif short.is_initialized:
-                shapes = [
-                    (*states.shape[:-2], cached, states.shape[-1])
-                    for states in (short.keys, short.values)
-                ]
+                states: Any = (short.keys, short.values)
                 keys, values = (
-                    torch.empty(shape, device="meta", dtype=self.model.dtype) for shape in shapes
+                    torch.empty(
+                        (*x.shape[:-2], cached, x.shape[-1]), device="meta", dtype=self.model.dtype
+                    )
+                    for x in states
                 )
                 cache.layers[number].update(keys, values)
         return cache
@@ -235,11 +235,12 @@ class Counter:
 
     def cached_elements(self) -> list[int]:
         """Elements that each layer keeps of one token: keys and values."""
+        layers: Any = self._short_cache.layers
         return [
-            sum(states.numel() for states in (layer.keys, layer.values)) // SHORT
-            if isinstance(layer, DynamicLayer) and layer.is_initialized
+            (layer.keys.numel() + layer.values.numel()) // SHORT
+            if layer.is_initialized and hasattr(layer, "keys")
             else 0
-            for layer in self._short_cache.layers
+            for layer in layers
         ]
 
     @contextmanager
@@ -402,7 +403,7 @@ def _spent(module: nn.Module, read: Callable[[], Count]) -> Iterator[list[Count]
 @contextmanager
 def _batched_experts(model: Any) -> Iterator[None]:
     """Run mixtures of experts as batched products, which the counter knows."""
-    found = (getattr(module, "config", None) for module in model.modules())
+    found: Iterator[Any] = (getattr(module, "config", None) for module in model.modules())
     configs = {id(x): x for x in found if hasattr(x, "_experts_implementation")}.values()
     before = [config._experts_implementation for config in configs]
     try:

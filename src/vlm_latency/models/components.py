@@ -126,6 +126,9 @@ def find_components(
 
 
 def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]:
+    # peft's wrapper answers for its adapters; what it wraps, for the model.
+    wrapped: Any = getattr(model, "get_base_model", None)
+    model = wrapped() if wrapped else model
     base = model.base_model
     encoder = model.get_encoder(modality="image")
     decoder = model.get_decoder()
