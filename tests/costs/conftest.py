@@ -17,6 +17,7 @@ class HandArchitecture:
     """LLaVA with two layers everywhere: what `CostModel` asks of an architecture, and no more."""
 
     model_type = "llava"
+    simulated = False
 
     def __init__(self) -> None:
         import torch
