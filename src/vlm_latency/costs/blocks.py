@@ -154,7 +154,11 @@ def _likeness(value: Any, number: int) -> Any:
     if isinstance(value, Cache) and number < len(value.layers):
         layer = value.layers[number]
         return type(layer), _likeness(
-            {name: item for name, item in vars(layer).items() if not isinstance(item, torch.device)},
+            {
+                name: item
+                for name, item in vars(layer).items()
+                if not isinstance(item, torch.device)
+            },
             number,
         )
     raise UnlikeError
