@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from vlm_latency.errors import UserError
-from vlm_latency.options import EXPERIMENTS, Options
+from vlm_latency.experiments import EXPERIMENTS
+from vlm_latency.option_types import BY_PROTOCOL
+from vlm_latency.options import MeasurementOptions, Options
 
 
 @pytest.mark.parametrize(
@@ -93,19 +96,19 @@ def test_an_experiment_overrides_the_shared_group_and_that_the_protocol() -> Non
     assert exp3.flops.estimator == "parameter_rule"
 
 
-def test_nothing_is_left_undecided() -> None:
-    for protocol in ("exact", "seed"):
-        options = Options.from_parameters({"protocol": protocol})
-        for name in EXPERIMENTS:
-            settled = options.experiment(name)
-            assert settled.measurement.method
-            assert settled.measurement.order
-            assert settled.measurement.warmup
-            assert settled.measurement.output_length
-            assert settled.sampling.order
-            assert settled.sampling.equal_crop_pairs is not None
-            assert settled.flops.estimator
-            assert settled.figures.vision_axis
+@pytest.mark.parametrize("protocol", ["exact", "seed"])
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "calibration", "measure"])
+def test_nothing_is_left_undecided(protocol: str, name: str) -> None:
+    settled = Options.from_parameters({"protocol": protocol}).experiment(name)
+    for group in (settled.sampling, settled.measurement, settled.flops, settled.figures):
+        for field, about in type(group).model_fields.items():
+            if BY_PROTOCOL in about.metadata:
+                assert getattr(group, field) is not None, field
+
+
+def test_a_settled_group_holds_no_none() -> None:
+    with pytest.raises(ValidationError):
+        MeasurementOptions(method=None)
 
 
 def test_only_our_exp1_keeps_questions_apart_and_repeats_some() -> None:

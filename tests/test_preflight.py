@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from vlm_latency.datasets import EarlierResult, ModelDataset, VQADataset
+from vlm_latency.datasets import EarlierResult, GivenRequests, ModelDataset, VQADataset
 from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.molmo.tiling import Tiles
 from vlm_latency.options import Options
@@ -35,6 +35,12 @@ def checked(root: Path, experiments: list[str] = ALL, **parameters: Any) -> list
         model=ModelDataset(options=options.model.model_dump()),
         questions=VQADataset(options=options.dataset.model_dump()),
         earlier={},
+        given={
+            name: GivenRequests(
+                experiment=name, files={name: getattr(options, name).sampling.requests}
+            )
+            for name in experiments
+        },
     )
 
 
@@ -83,10 +89,7 @@ def test_model_and_dataset_are_asked_for_together(tmp_path: Path) -> None:
 
 
 def test_both_earlier_results_are_asked_for(tmp_path: Path) -> None:
-    earlier = {
-        name: EarlierResult(filepath=str(tmp_path / f"{name}.json"), made_by=name)
-        for name in ("exp3", "exp4")
-    }
+    earlier = {name: EarlierResult(root=str(tmp_path), made_by=name) for name in ("exp3", "exp4")}
     with pytest.raises(UserError) as error:
         check(Options(), tmp_path, experiments=[], earlier=earlier)
     first, second = str(error.value).splitlines()

@@ -130,7 +130,7 @@ def measure(
     """
     vlm = _vlm(model, None, num_threads)
     options = _options(num_runs, output_length, measurement)
-    table, fetch = _requests(requests, options.output_length, folder)
+    table, fetch = _requests(requests, output_length, folder)
     name = vlm.options.name
     return _run({name: vlm}, table, options, fetch=fetch, prompt=prompt, progress=progress)[name]
 
@@ -184,7 +184,7 @@ def compare(
         raise UserError(f"found {len(models)} models to compare; expected at least two, by name")
     vlms = {name: _vlm(model, name, num_threads) for name, model in models.items()}
     options = _options(num_runs, output_length, measurement)
-    table, fetch = _requests(requests, options.output_length, folder)
+    table, fetch = _requests(requests, output_length, folder)
     records = _run(vlms, table, options, fetch=fetch, prompt=prompt, progress=progress)
     baseline, *candidates = records
     before = records[baseline]
@@ -289,11 +289,11 @@ def _options(
     num_runs: int, output_length: int | str | None, measurement: dict[str, Any]
 ) -> MeasurementOptions:
     group = {**measurement, "num_runs": num_runs, "output_length": output_length}
-    return Options.from_parameters({"measurement": group}).measurement
+    return Options.from_parameters({"measurement": group}).experiment("measure").measurement
 
 
 def _requests(
-    requests: Requests, output_length: str | None, folder: Path | str | None
+    requests: Requests, output_length: int | str | None, folder: Path | str | None
 ) -> tuple[pd.DataFrame, Fetch]:
     """The table of requests, and where their images come from."""
     if isinstance(requests, pd.DataFrame):
@@ -306,7 +306,9 @@ def _requests(
     if table.empty:
         raise DataError("no requests; expected a list of (image, question) or a table of them")
     lengths = (
-        table["output_length"].fillna(OUTPUT_LENGTH) if output_length is None else output_length
+        table["output_length"].fillna(OUTPUT_LENGTH)
+        if output_length is None
+        else str(output_length)
     )
     table = with_hashes(table.assign(output_length=lengths))
 

@@ -9,19 +9,30 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
+from vlm_latency.experiments import measured
 from vlm_latency.options import Options
 
 
 class ConfigLoader(OmegaConfigLoader):
-    """Lend the parameters, checked and complete, to the catalog as ``${params:…}``."""
+    """Lend the parameters, checked and complete, to the catalog.
+
+    ``${params:model}`` is one of them, ``${experiments:sampling.requests}`` those of all experiments
+    that measure, by name.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         OmegaConf.register_new_resolver("params", self._parameter, replace=True)
+        OmegaConf.register_new_resolver("experiments", self._by_experiment, replace=True)
+
+    @cached_property
+    def options(self) -> Options:
+        """All parameters, validated once."""
+        return Options.from_parameters(self["parameters"])
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
-        values = Options.from_parameters(self["parameters"]).model_dump()
+        values = self.options.model_dump()
         values["output_dir"] = str(Path(values["output_dir"]).expanduser())
         return values
 
@@ -31,3 +42,6 @@ class ConfigLoader(OmegaConfigLoader):
             value = value[name]
         # A tuple is not a YAML value; Kedro expects plain ones.
         return list(value) if isinstance(value, tuple) else value
+
+    def _by_experiment(self, path: str) -> dict[str, Any]:
+        return {name: self._parameter(f"{name}.{path}") for name in measured()}

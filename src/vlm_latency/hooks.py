@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.options import Options
+from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.preflight import check, refuse_contradictions
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,13 @@ class ProjectHooks:
     @hook_impl
     def after_context_created(self, context: Any) -> None:
         """Validate every parameter at once."""
-        self._options = Options.from_parameters(context.params)
+        self._options = context.config_loader.options
         self._root = context.project_path / Path(self._options.output_dir).expanduser()
+
+    @hook_impl
+    def after_catalog_created(self, catalog: DataCatalog) -> None:
+        """Hand the validated parameters to the nodes."""
+        catalog["settings"] = MemoryDataset(self._options, copy_mode="assign")
 
     @hook_impl
     def before_pipeline_run(
@@ -60,13 +65,17 @@ class ProjectHooks:
             questions=catalog["questions"] if "questions" in inputs else None,
             earlier={
                 name: catalog[name]
-                for name in sorted(inputs)
-                if name in {"exp5.vision", "exp5.language"}
+                for row in EXPERIMENTS.values()
+                for dataset in row.earlier
+                if (name := f"{row.name}.{dataset}") in inputs
             },
+            given={name: catalog[f"{name}.given_requests"] for name in measured},
         ):
             log.info(line)
-        if "exp5.result" in pipeline.all_outputs():
-            log.info("exp5: FLOPs against latency, from the results of exp3 and exp4")
+        for name, row in EXPERIMENTS.items():
+            if row.earlier and f"{name}.result" in pipeline.all_outputs():
+                makers = " and ".join(row.earlier.values())
+                log.info("%s: %s against latency, from the results of %s", name, row.title, makers)
 
     @hook_impl
     def before_node_run(self, is_async: bool) -> None:

@@ -10,75 +10,35 @@ protocol says".
 from __future__ import annotations
 
 import difflib
-import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
+    SerializeAsAny,
     ValidationError,
+    create_model,
     model_validator,
 )
 
 from vlm_latency.errors import UserError
-
-EXPERIMENTS = ("exp1", "exp2", "exp3", "exp4", "exp5")
-MEASURED = EXPERIMENTS[:4]
+from vlm_latency.experiments import EXPERIMENTS, Experiment
+from vlm_latency.option_types import (
+    BY_PROTOCOL,
+    Group,
+    Lengths,
+    Numbers,
+    OutputLength,
+    PositiveNumbers,
+    SamplingOptions,
+    Tiling,
+    Words,
+    asked,
+)
 
 Method = Literal["timeline", "subtraction", "hook"]
 Estimator = Literal["analytic", "counted", "parameter_rule"]
-
-
-def _words(value: Any) -> Any:
-    """Lists do not parse on Kedro's command line: take ``"8 16 32"`` as well, and one number."""
-    if isinstance(value, str):
-        return value.replace(",", " ").split()
-    return [value] if isinstance(value, int | float) else value
-
-
-def _output_length(value: Any) -> str:
-    text = str(value)
-    if text in {"natural", "answer", "none"} or (text.isdigit() and int(text) > 0):
-        return text
-    raise ValueError("expected natural, answer, none or a positive number")
-
-
-def _tiling(value: Any) -> Any:
-    """Read "2x3" once, as (rows, columns)."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value)
-    if not match:
-        raise ValueError("expected rows x columns, such as 2x3")
-    return int(match[1]), int(match[2])
-
-
-def _tiling_or_none(value: Any) -> Any:
-    try:
-        return None if value == "none" else _tiling(value)
-    except ValueError as error:
-        raise ValueError(f"{error}, or none") from None
-
-
-Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
-Sizes = Annotated[tuple[str, ...], BeforeValidator(_words)]
-Folders = Annotated[tuple[str, ...], BeforeValidator(_words)]
-OutputLength = Annotated[str, BeforeValidator(_output_length)]
-_Tiles = Annotated[int, Field(gt=0)]
-Tiling = Annotated[
-    tuple[_Tiles, _Tiles],
-    BeforeValidator(_tiling),
-    PlainSerializer(lambda grid: f"{grid[0]}x{grid[1]}", when_used="json"),
-]
-
-
-class Group(BaseModel):
-    """A group of parameters: unknown names are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelOptions(Group):
@@ -141,42 +101,21 @@ class PromptOptions(Group):
         return self
 
 
-class SamplingOptions(Group):
-    """``expN.sampling.*``: which requests an experiment makes."""
-
-    requests: str | None = None  # a table of requests made before (parquet), instead of drawing
-    num_samples: Annotated[int, Field(ge=1)] | None = None
-    order: Literal["random", "first"] | None = None  # None = as the protocol says
-    seed: int = 0
-    one_question_per_image: bool | None = None  # None = as the protocol says
-    stratify_by_tiling: bool = False
-    # exp3
-    max_grid_size: Annotated[int, Field(ge=1)] | None = None
-    equal_crop_pairs: bool | None = None  # None = as the protocol says
-    sizes: Sizes | None = None  # "336x336 672x336": for models without tiles
-    # exp4
-    max_new_tokens_list: Lengths | None = None
-    # "2x3": one prompt size for every image; none: as they are
-    tiling: Annotated[Tiling | None, BeforeValidator(_tiling_or_none)] = None
-    on_too_long: Literal["refuse", "drop"] = "refuse"
-    use_eos_token: bool = False  # may stop before the length; false: exactly so many tokens
-
-
 class MeasurementOptions(Group):
     """``measurement.*``: how a request is timed."""
 
-    method: Method | None = None  # None = as the protocol says
+    method: Annotated[Method, BY_PROTOCOL] = "timeline"
     use_hook_for_llm_prefill: bool = False
     num_runs: Annotated[int, Field(ge=1)] = 1
-    output_length: OutputLength | None = None  # None = as the protocol says
+    output_length: Annotated[OutputLength, BY_PROTOCOL] = "natural"
     max_new_tokens: Annotated[int, Field(ge=1)] = 16  # cap when output_length=natural
-    order: Literal["blocks", "ascending"] | None = None  # None = as the protocol says
+    order: Annotated[Literal["blocks", "ascending"], BY_PROTOCOL] = "blocks"
     seed: int = 0
-    warmup: Literal["plateau", "fixed"] | None = None  # None = as the protocol says
+    warmup: Annotated[Literal["plateau", "fixed"], BY_PROTOCOL] = "plateau"
     warmup_runs: Annotated[int, Field(ge=0)] = 3  # fixed: this many; plateau: at least this many
     warmup_max_runs: Annotated[int, Field(ge=1)] = 20
-    # requests measured once more, to know the noise; None = as the protocol says
-    noise_repeats: Annotated[int, Field(ge=0)] | None = None
+    # requests measured once more, to know the noise
+    noise_repeats: Annotated[int, Field(ge=0), BY_PROTOCOL] = 0
     resume: bool = True
     allow_partial: bool = False
     max_failures: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the runs
@@ -186,7 +125,7 @@ class MeasurementOptions(Group):
 class FlopsOptions(Group):
     """``flops.*``: which estimator fills the seed's ``flops_*`` columns."""
 
-    estimator: Estimator | None = None  # None = as the protocol says
+    estimator: Annotated[Estimator, BY_PROTOCOL] = "analytic"
     counted: bool = True  # count on the meta device too (once per shape)
 
 
@@ -195,23 +134,7 @@ class FigureOptions(Group):
 
     style: Literal["default", "paper"] = "default"
     dpi: Annotated[int, Field(ge=50)] = 300
-    vision_axis: Literal["tokens", "patches"] | None = None  # None = as the protocol says
-
-
-class ExperimentOverrides(Group):
-    """``expN.*``: sampling of its own, and overrides of the shared groups."""
-
-    sampling: SamplingOptions = SamplingOptions()
-    measurement: MeasurementOptions = MeasurementOptions()
-    flops: FlopsOptions = FlopsOptions()
-
-
-class Exp5Options(Group):
-    """``exp5.*``: the two results to read (default: those under ``output_dir``)."""
-
-    vision_results: str | None = None
-    language_results: str | None = None
-    flops: FlopsOptions = FlopsOptions()
+    vision_axis: Annotated[Literal["tokens", "patches"], BY_PROTOCOL] = "tokens"
 
 
 class CalibrationOptions(Group):
@@ -221,11 +144,7 @@ class CalibrationOptions(Group):
     half_width: Annotated[float, Field(gt=0)] = 0.003  # of the ratios' intervals, a share
     aa_comparisons: Annotated[int, Field(ge=1)] = 200
     aa_pairs: Annotated[int, Field(ge=2)] = 20
-    delays_ms: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)] = (
-        2.0,
-        10.0,
-        50.0,
-    )
+    delays_ms: PositiveNumbers = (2.0, 10.0, 50.0)
     injections: Annotated[int, Field(ge=1)] = 12  # of each delay at least
     method_requests: Annotated[int, Field(ge=1)] = 12
     output_tokens: Annotated[int, Field(ge=2)] = 8
@@ -243,7 +162,7 @@ class PredictOptions(Group):
     output_tokens: Annotated[int, Field(ge=1)] = 16
     vision_token_grid: Lengths = (144, 288, 576, 1152, 2304)
     output_token_grid: Lengths = (1, 16, 64, 256, 1024)
-    keep: Annotated[tuple[float, ...], BeforeValidator(_words)] = (1.0, 0.75, 0.5, 0.25)
+    keep: Numbers = (1.0, 0.75, 0.5, 0.25)
     drop_layer: Annotated[int, Field(ge=1)] = 2
     hardware: str | None = None  # a row of the hardware table; None = this machine's ceilings
 
@@ -253,19 +172,10 @@ class CompareOptions(Group):
 
     baseline: str | None = None
     candidate: str | None = None
-    runs: Folders | None = None
+    runs: Words | None = None
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
 
-
-# What an experiment's sampling listens to; the rest of the group is other experiments' matter.
-_QUESTIONS = {"num_samples", "order", "one_question_per_image", "stratify_by_tiling"}
-_HEARD = {
-    "exp1": _QUESTIONS,
-    "exp2": _QUESTIONS,
-    "exp3": {"max_grid_size", "equal_crop_pairs", "sizes"},
-    "exp4": _QUESTIONS | {"max_new_tokens_list", "tiling", "on_too_long", "use_eos_token"},
-}
 
 # What each protocol sets where the user has not: {group: {field: value}}.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -284,7 +194,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class ExperimentOptions(Group):
+Sampling_co = TypeVar("Sampling_co", bound=SamplingOptions, covariant=True)
+
+
+class ExperimentOptions(Group, Generic[Sampling_co]):
     """The effective options of one experiment: nothing left to be decided."""
 
     experiment: str
@@ -293,13 +206,40 @@ class ExperimentOptions(Group):
     model: ModelOptions
     dataset: DatasetOptions
     prompt: PromptOptions
-    sampling: SamplingOptions
+    sampling: SerializeAsAny[Sampling_co]
     measurement: MeasurementOptions
     flops: FlopsOptions
     figures: FigureOptions
 
 
-class Options(Group):
+def _own_group(row: Experiment) -> tuple[type[Group], Group]:
+    """``expN.*``: sampling of its own, overrides of the shared groups, whatever else it has."""
+    groups: dict[str, type[Group]] = {"flops": asked(FlopsOptions)}
+    if row.sampling is not None:
+        groups = {
+            "sampling": asked(row.sampling),
+            "measurement": asked(MeasurementOptions),
+            **groups,
+        }
+    fields: dict[str, Any] = {name: (group, group()) for name, group in groups.items()}
+    own = create_model(row.name, __base__=row.own, __doc__=f"``{row.name}.*``", **fields)
+    return own, own()
+
+
+# Parameters that the protocol settles, and those of the table's experiments: types made at run time.
+_SHARED: dict[str, type[Group]] = {
+    "measurement": MeasurementOptions,
+    "flops": FlopsOptions,
+    "figures": FigureOptions,
+}
+_fields: dict[str, Any] = {
+    **{name: (asked(group), asked(group)()) for name, group in _SHARED.items()},
+    **{name: _own_group(row) for name, row in EXPERIMENTS.items()},
+}
+_Tree: Any = create_model("_Tree", __base__=Group, **_fields)
+
+
+class Options(_Tree):
     """The whole parameter tree."""
 
     output_dir: str = "data/08_reporting/motivation"
@@ -307,14 +247,6 @@ class Options(Group):
     model: ModelOptions = ModelOptions()
     dataset: DatasetOptions = DatasetOptions()
     prompt: PromptOptions = PromptOptions()
-    measurement: MeasurementOptions = MeasurementOptions()
-    flops: FlopsOptions = FlopsOptions()
-    figures: FigureOptions = FigureOptions()
-    exp1: ExperimentOverrides = ExperimentOverrides()
-    exp2: ExperimentOverrides = ExperimentOverrides()
-    exp3: ExperimentOverrides = ExperimentOverrides()
-    exp4: ExperimentOverrides = ExperimentOverrides()
-    exp5: Exp5Options = Exp5Options()
     calibration: CalibrationOptions = CalibrationOptions()
     predict: PredictOptions = PredictOptions()
     compare: CompareOptions = CompareOptions()
@@ -329,30 +261,15 @@ class Options(Group):
             Naming every wrong parameter by its path, what was found and what was expected.
         """
         try:
-            options = cls.model_validate(parameters)
+            options: Options = cls.model_validate(parameters)
+            wrong = []
         except ValidationError as error:
-            raise UserError(_explain(error, cls)) from None
+            wrong = _explain(error, cls)
+        if wrong := [*wrong, *_unheard(parameters)]:
+            raise UserError("\n".join(wrong))
         for name in EXPERIMENTS:
             options.experiment(name)  # refuses what contradicts itself
-        if unheard := [path for name in MEASURED for path in options._unheard(name)]:
-            raise UserError("\n".join(unheard))
         return options
-
-    def _unheard(self, name: str) -> list[str]:
-        """Say which of an experiment's own parameters would change nothing."""
-        own: ExperimentOverrides = getattr(self, name)
-        heard = _HEARD[name] | {"requests", "seed"}
-        lines = [
-            f"parameter '{name}.sampling.{field}' has no effect; {name} listens to "
-            f"{', '.join(sorted(heard))}"
-            for field in sorted(own.sampling.model_fields_set - heard)
-        ]
-        if name in ("exp3", "exp4") and "output_length" in own.measurement.model_fields_set:
-            fixed = "is a prefill" if name == "exp3" else "has its sampling.max_new_tokens_list"
-            lines.append(
-                f"parameter '{name}.measurement.output_length' has no effect: {name} {fixed}"
-            )
-        return lines
 
     def experiment(self, name: str, weights: str = "pretrained") -> ExperimentOptions:
         """Give the effective options of one experiment.
@@ -360,89 +277,105 @@ class Options(Group):
         Parameters
         ----------
         name
-            ``exp1`` … ``exp5``; a study beside them (``calibration``) has the shared options.
+            A row of `vlm_latency.experiments`; whatever else measures has the shared options.
         weights
             ``pretrained`` or ``random``, as ``model.weights=auto`` came out: a model with random
             weights never says where its answer ends, so its default output length is ``answer``.
         """
-        own: Any = getattr(self, name)
+        row, own = EXPERIMENTS.get(name), getattr(self, name, None)
         preset = PRESETS[self.protocol]
-        sampling = getattr(own, "sampling", SamplingOptions())
-        apart = name == "exp1" and self.protocol == "exact"  # a distribution wants both
-        asked = self.measurement.model_dump() | _given(own, "measurement")
-        measurement = _settle(
-            asked,
-            {
-                **preset["measurement"],
-                "output_length": _default_length(name, self.protocol, weights),
-                "noise_repeats": min(250, (sampling.num_samples or 0) // 5) if apart else 0,
-            },
-        )
+        kind = (row and row.sampling) or SamplingOptions
+        drawn = getattr(own, "sampling", None) if row else None
+        apart = row is not None and row.independent and self.protocol == "exact"
+        given = self.measurement.model_dump() | _given(own, "measurement")
+        measurement = {
+            **preset["measurement"],
+            "output_length": _default_length(row, self.protocol, weights),
+            "noise_repeats": min(250, (drawn.num_samples or 0) // 5) if apart and drawn else 0,
+        } | _said(given)
         if measurement["use_hook_for_llm_prefill"]:
-            if asked["method"] not in (None, "hook"):
+            if given["method"] not in (None, "hook"):
                 raise UserError(
                     f"{name}.measurement: use_hook_for_llm_prefill=true is another name for "
-                    f"method=hook, but method={asked['method']} was given too; give one of them"
+                    f"method=hook, but method={given['method']} was given too; give one of them"
                 )
             measurement["method"] = "hook"
-        return ExperimentOptions.model_validate(
-            {
-                "experiment": name,
-                "protocol": self.protocol,
-                "output_dir": self.output_dir,
-                "model": self.model.model_dump(),
-                "dataset": self.dataset.model_dump(),
-                "prompt": self.prompt.model_dump(),
-                "sampling": _settle(
-                    sampling.model_dump(), {**preset["sampling"], "one_question_per_image": apart}
-                ),
-                "measurement": measurement,
-                "flops": _settle(self.flops.model_dump() | _given(own, "flops"), preset["flops"]),
-                "figures": _settle(self.figures.model_dump(), preset["figures"]),
-            }
+        by_protocol = {**preset["sampling"], "one_question_per_image": apart}
+        known = {key: by_protocol[key] for key in by_protocol if key in kind.model_fields}
+        flops = self.flops.model_dump() | _given(own, "flops")
+        return ExperimentOptions(
+            experiment=name,
+            protocol=self.protocol,
+            output_dir=self.output_dir,
+            model=self.model,
+            dataset=self.dataset,
+            prompt=self.prompt,
+            sampling=kind(**(known | _said(drawn.model_dump() if drawn else {}))),
+            measurement=MeasurementOptions(**measurement),
+            flops=FlopsOptions(**(preset["flops"] | _said(flops))),
+            figures=FigureOptions(**(preset["figures"] | _said(self.figures.model_dump()))),
         )
 
 
-def _given(own: Group, group: str) -> dict[str, Any]:
+def _given(own: Group | None, group: str) -> dict[str, Any]:
     """What an experiment says about a shared group; a study beside them says nothing."""
     override = getattr(own, group, None)
     return override.model_dump(exclude_unset=True) if override else {}
 
 
-def _settle(values: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
-    """Fill what was left to the protocol."""
-    return {key: preset.get(key) if value is None else value for key, value in values.items()}
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is left open: to the protocol, else to the default."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _default_length(name: str, protocol: str, weights: str) -> str:
+def _default_length(row: Experiment | None, protocol: str, weights: str) -> str:
     """What an experiment asks the model to write, where the user has not said."""
-    if name in ("exp3", "exp4") or (name == "exp1" and protocol == "seed"):
-        return "none"  # exp4's requests say their lengths themselves
+    if row and row.fixed_length:
+        return "none"  # or its requests say their lengths themselves
+    if row and row.seed_length and protocol == "seed":
+        return row.seed_length
     return "answer" if weights == "random" else "natural"
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+def _unheard(parameters: dict[str, Any]) -> Iterator[str]:
+    """Say which overrides of shared parameters would change nothing."""
+    for name, row in EXPERIMENTS.items():
+        given: Any = parameters.get(name)
+        measurement = given.get("measurement") if isinstance(given, dict) else None
+        if row.fixed_length and isinstance(measurement, dict) and "output_length" in measurement:
+            yield (
+                f"parameter '{name}.measurement.output_length' has no effect: {name} "
+                f"{row.fixed_length}"
+            )
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown parameter '{path}'{_nearest(item['loc'], root)}")
+            lines.append(_unknown(item["loc"], root))
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
             found = "" if isinstance(item["input"], dict) else f"found {item['input']!r}: "
             lines.append(f"parameter '{path}': {found}{message}")
-    return "\n".join(lines)
+    return lines
 
 
-def _nearest(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    """Suggest the nearest right name beside a mistyped one."""
-    known: Any = root
+def _unknown(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    """Refuse a name: the matter of another experiment, or mistyped, with the nearest right one."""
+    group: Any = root
     for part in loc[:-1]:
-        known = known.model_fields[str(part)].annotation
-    names = list(known.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-    parent = "".join(f"{part}." for part in loc[:-1])
-    if near:
-        return f"; did you mean '{parent}{near[0]}'?"
-    return f"; known there: {', '.join(names)}"
+        group = group.model_fields[str(part)].annotation
+    *parents, name = map(str, loc)
+    path, names = ".".join([*parents, name]), list(group.model_fields)
+    if parents[1:] == ["sampling"] and any(
+        name in row.sampling.model_fields for row in EXPERIMENTS.values() if row.sampling
+    ):
+        return (
+            f"parameter '{path}' has no effect; {parents[0]} listens to {', '.join(sorted(names))}"
+        )
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+        return f"unknown parameter '{path}'; did you mean '{'.'.join([*parents, near[0]])}'?"
+    return f"unknown parameter '{path}'; known there: {', '.join(names)}"

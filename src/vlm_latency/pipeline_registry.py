@@ -1,34 +1,19 @@
-"""The table of experiments.
-
-======== ======================================================================
-exp1     latency distribution over VQA v2 questions
-exp2     time and parameters of each component
-exp3     vision tokens against latency
-exp4     language tokens against latency
-exp5     FLOPs against latency, from the results of exp3 and exp4
-phase1   exp1, exp2
-phase2   exp3, exp4, exp5
-all      everything (the default)
-======== ======================================================================
-
-Beside them: ``calibration`` proves the instrument, ``predict`` asks the calibrated cost model,
-``compare`` sets runs side by side.
-"""
+"""The pipelines: every experiment of `vlm_latency.experiments`, the phases, ``all``, the analyses."""
 
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
 from kedro.pipeline import Pipeline
 
+from vlm_latency.experiments import ALL, ANALYSES, EXPERIMENTS, Experiment
 from vlm_latency.pipelines import (
     calibration,
-    compare,
     data_sampling,
     flops_estimation,
     measurement,
     options,
-    predict,
     reporting,
 )
 
@@ -42,59 +27,55 @@ def register_pipelines() -> dict[str, Pipeline]:
 
 
 def _pipelines() -> dict[str, Pipeline]:
-    return {
-        "exp1": _study("exp1"),
-        "exp2": _study("exp2"),
-        "exp3": _study("exp3"),
-        "exp4": _study("exp4"),
-        "exp5": _study("exp5"),
-        "phase1": _study("exp1", "exp2"),
-        "phase2": _study("exp3", "exp4", "exp5"),
-        "all": _study("exp1", "exp2", "exp3", "exp4", "exp5"),
-        "calibration": calibration.create_pipeline()
-        + reporting.create_page(["calibration.result"]),
-        "predict": predict.create_pipeline() + reporting.create_page(["predict.result"]),
-        "compare": compare.create_pipeline() + reporting.create_page(["compare.result"]),
-        "__default__": _study("exp1", "exp2", "exp3", "exp4", "exp5"),
-    }
+    rows = EXPERIMENTS.values()
+    found = {row.name: _study(row) for row in rows}
+    for phase in dict.fromkeys(row.phase for row in rows):
+        found[phase] = _study(*(row for row in rows if row.phase == phase))
+    found["all"] = found["__default__"] = _study(*(row for row in rows if row.phase in ALL))
+    for name in ANALYSES:
+        own: Pipeline = import_module(f"vlm_latency.pipelines.{name}").create_pipeline()
+        found[name] = own + reporting.create_page([f"{name}.result"])
+    return found
 
 
-def _study(*experiments: str) -> Pipeline:
+def _study(*rows: Experiment) -> Pipeline:
     """Chain experiments: each is measured when the results of the one before are on disk."""
-    before = dict(zip(experiments[1:], experiments, strict=False))
-    parts = [
-        _experiment(name, before.get(name), chained="exp3" in experiments) for name in experiments
-    ]
-    page = reporting.create_page([f"{name}.result" for name in experiments])
-    start = Pipeline([]) if experiments == ("exp5",) else calibration.ceilings()
+    names = [row.name for row in rows]
+    before = dict(zip(names[1:], names, strict=False))
+    parts = [_experiment(row, before.get(row.name), names) for row in rows]
+    page = reporting.create_page([f"{name}.result" for name in names])
+    start = calibration.ceilings() if any(row.measures for row in rows) else Pipeline([])
     return sum(parts, start) + page
 
 
-def _experiment(name: str, before: str | None, chained: bool) -> Pipeline:
+def _experiment(row: Experiment, before: str | None, together: list[str]) -> Pipeline:
     """Compose one experiment of the four modular pipelines, under its namespace.
 
     Parameters
     ----------
     before
         The experiment whose results must be on disk before this one measures.
-    chained
-        Whether exp5 reads what exp3 and exp4 of the same command made, rather than files.
+    together
+        The experiments of the same command: an earlier result that one of them makes is taken from
+        it, rather than from a file.
     """
-    stages = {"options": options.create_pipeline(name)}
-    if name != "exp5":
+    stages = {"options": options.create_pipeline(row.name)}
+    if row.measures:
         stages |= {
             "data_sampling": data_sampling.create_pipeline(),
             "measurement": measurement.create_pipeline(takes_turns=before is not None),
             "flops_estimation": flops_estimation.create_pipeline(),
         }
-    stages["reporting"] = reporting.create_pipeline(name)
+    stages["reporting"] = reporting.create_pipeline(row.name)
     boxes = [
         Pipeline(stage, namespace=box, prefix_datasets_with_namespace=False)
         for box, stage in stages.items()
     ]
     parts = sum(boxes, Pipeline([]))
-    outer = {"model": "model", "questions": "questions", "ceilings": "ceilings"}
+    outer = {name: name for name in ("settings", "model", "questions", "ceilings")}
     outer |= {"after": f"{before}.result"}
-    outer |= {"vision": "exp3.result", "language": "exp4.result"} if chained else {}
+    outer |= {
+        dataset: f"{maker}.result" for dataset, maker in row.earlier.items() if maker in together
+    }
     inputs = {inner: dataset for inner, dataset in outer.items() if inner in parts.inputs()}
-    return Pipeline(parts, namespace=name, inputs=inputs, tags=name)
+    return Pipeline(parts, namespace=row.name, inputs=inputs, tags=row.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 from kedro.io import DatasetError
 
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
+from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.options import ExperimentOptions, Options
 
 
@@ -22,7 +24,8 @@ def check(
     runs_model: bool = False,
     model: Any = None,
     questions: Any = None,
-    earlier: dict[str, Any],
+    earlier: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Refuse what cannot work, all of it at once.
 
@@ -40,6 +43,8 @@ def check(
         The catalog's datasets, where the pipeline needs them.
     earlier
         Results that the pipeline reads, by the name of their dataset.
+    given
+        The datasets of requests made before, by experiment.
 
     Returns
     -------
@@ -76,9 +81,12 @@ def check(
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         for name in experiments:
             settled = options.experiment(name, handle.weights)
-            if name != "exp3":  # one token behind the prompt always fits
-                attempt(_fits_positions, settled, handle)
-            requests = attempt(_drawable, settled, questions, handle)
+            known = len(problems)
+            table = attempt(given[name].load) if given else None
+            if len(problems) > known:
+                continue
+            attempt(_fits_positions, settled, handle, table)
+            requests = attempt(_drawable, settled, questions, handle, table)
             if requests is not None:
                 lines.append(_line(settled, handle, requests))
     if problems:
@@ -116,63 +124,56 @@ def _ready(handle: Any, runs_model: bool) -> bool:
     return True
 
 
-def _fits_positions(options: ExperimentOptions, handle: Any) -> None:
-    from vlm_latency.pipelines.data_sampling.nodes import too_long
+def _fits_positions(options: ExperimentOptions, handle: Any, given: pd.DataFrame | None) -> None:
+    from vlm_latency.pipelines.data_sampling.rules import rule_of, too_long
 
-    long = too_long(options, handle)
-    if not long or options.sampling.on_too_long == "drop":
-        return
-    name, mend = f"{options.experiment}.measurement.output_length", "ask for fewer"
-    if options.experiment == "exp4":
-        name = "exp4.sampling.max_new_tokens_list"
-        mend = "leave them out, or set exp4.sampling.on_too_long=drop"
-    raise ModelError(
-        f"{name}: {', '.join(map(str, sorted(long)))} new tokens need up to {max(long.values())} "
-        f"positions, and {handle.architecture.name} has {handle.architecture.max_positions}; {mend}"
-    )
+    rule, name = rule_of(options), options.experiment
+    long = {} if rule.PREFILL else too_long(options, handle, given)
+    if long and not rule.drops(options):
+        raise ModelError(
+            f"{name}.{rule.LENGTHS}: {', '.join(map(str, sorted(long)))} new tokens need up to "
+            f"{max(long.values())} positions, and {handle.architecture.name} has "
+            f"{handle.architecture.max_positions}; {rule.MEND.format(experiment=name)}"
+        )
 
 
-def _drawable(options: ExperimentOptions, questions: Any, handle: Any) -> pd.DataFrame:
+def _drawable(
+    options: ExperimentOptions, questions: Any, handle: Any, given: pd.DataFrame | None
+) -> pd.DataFrame:
     """Draw the requests as the experiment will, but open no image."""
     from vlm_latency.pipelines.data_sampling.nodes import draw_requests
 
-    return draw_requests(options, replace(questions.load(), root=None, fetch=None), handle)
+    return draw_requests(options, replace(questions.load(), root=None, fetch=None), handle, given)
 
 
 def _line(options: ExperimentOptions, handle: Any, requests: pd.DataFrame) -> str:
-    measurement, rules, grids = options.measurement, requests["output_length"], requests["grid"]
-    row = grids[grids.str.startswith("1×").fillna(False)]
-    sweep = f"{len(requests)} image sizes"
-    if len(row):
-        more = f" and {len(grids) - len(row)} of equal crops" if len(row) < len(grids) else ""
-        sweep = f"grids {row.iloc[0]} … {row.iloc[-1]}{more}"
-    what = {
-        "exp1": f"{len(requests)} questions",
-        "exp2": f"{len(requests)} questions",
-        "exp3": sweep,
-        "exp4": f"{len(requests) // rules.nunique()} images × {rules.nunique()} lengths",
-    }[options.experiment]
+    from vlm_latency.pipelines.data_sampling.rules import rule_of
+
+    name, measurement = options.experiment, options.measurement
     times = f" × {measurement.num_runs} runs" if measurement.num_runs > 1 else ""
-    length = f", output length {'/'.join(rules.unique())}" if options.experiment < "exp3" else ""
+    length = ""
+    if not EXPERIMENTS[name].fixed_length:
+        length = f", output length {'/'.join(requests['output_length'].unique())}"
     return (
-        f"{options.experiment}: {what}{times} on {handle.architecture.name} "
+        f"{name}: {rule_of(options).words(requests)}{times} on {handle.architecture.name} "
         f"({handle.weights} weights, {handle.device}, {handle.dtype}), "
         f"method {measurement.method}{length}"
     )
 
 
 def refuse_contradictions(options: Options, pipeline_outputs: set[str]) -> None:
-    """Refuse an earlier result for exp5 in a command that measures a new one.
+    """Refuse an earlier result in a command that measures a new one.
 
     Raises
     ------
     MeasurementError
         Naming the parameter.
     """
-    chosen = {"exp3.result": "vision_results", "exp4.result": "language_results"}
-    for output, name in chosen.items():
-        if output in pipeline_outputs and getattr(options.exp5, name):
-            raise MeasurementError(
-                f"exp5.{name} names an earlier result, and this command measures a new one; leave it "
-                "out, or run 'kedro run --pipeline exp5' alone"
-            )
+    for reader in EXPERIMENTS.values():
+        for dataset, maker in reader.earlier.items():
+            own, name = getattr(options, reader.name), f"{dataset}_results"
+            if f"{maker}.result" in pipeline_outputs and getattr(own, name):
+                raise MeasurementError(
+                    f"{reader.name}.{name} names an earlier result, and this command measures a new "
+                    f"one; leave it out, or run 'kedro run --pipeline {reader.name}' alone"
+                )

@@ -11,14 +11,9 @@ from typing import Any
 import pandas as pd
 
 from vlm_latency.errors import DataError
+from vlm_latency.experiments import EXPERIMENTS, measured, studies
 
-FILES = {
-    "exp1": "exp1_latency_distribution",
-    "exp2": "exp2_component_profiling",
-    "exp3": "exp3_vision_tokens_vs_latency",
-    "exp4": "exp4_language_tokens_vs_latency",
-    "exp5": "exp5_flops_vs_latency",
-}
+FILES = {row.name: row.stem for row in EXPERIMENTS.values()}
 PATCHES_PER_CROP = 576  # what the seed's files call vision tokens are the encoder's patches
 
 
@@ -37,6 +32,11 @@ class Run:
     name: str
     tables: dict[str, pd.DataFrame] = field(repr=False)
     results: dict[str, dict[str, Any]] = field(repr=False)
+
+
+def result_path(root: Path | str, name: str) -> Path:
+    """Give the place of an experiment's or analysis's result below an output folder."""
+    return Path(root) / name / f"{studies()[name].stem}.json"
 
 
 def read_json(path: Path) -> Any:
@@ -119,8 +119,8 @@ def read_run(folder: Path | str) -> Run:
     """
     folder = Path(folder).expanduser()
     tables, results = {}, {}
-    for name, stem in list(FILES.items())[:4]:
-        path = folder / name / f"{stem}.json"
+    for name in measured():
+        path = result_path(folder, name)
         if not path.is_file():
             continue
         results[name] = read_result(path)

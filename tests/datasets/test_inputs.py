@@ -29,7 +29,7 @@ RESULT = {"results": [{"T_total": 1.0}]}
     [
         ModelDataset(options={"name": "null-model"}),
         VQADataset(options={"source": "synthetic"}),
-        EarlierResult(filepath="a.json", made_by="exp3"),
+        EarlierResult(root="a", made_by="exp3"),
         OptionalJSON(filepath="a.json"),
         ResultsFolder(filepath="a"),
         RunFolders(options={}),
@@ -71,12 +71,12 @@ def test_questions_need_a_source() -> None:
 
 
 def test_an_earlier_result_lies_where_the_user_says(tmp_path: Path) -> None:
-    chosen, own = tmp_path / "chosen.json", tmp_path / "own.json"
+    chosen = tmp_path / "chosen.json"
     chosen.write_text(json.dumps(RESULT))
-    dataset = EarlierResult(filepath=str(own), chosen=str(chosen), made_by="exp3")
+    dataset = EarlierResult(root=str(tmp_path), chosen=str(chosen), made_by="exp3")
     assert dataset.exists()
     assert dataset.load() == RESULT
-    missing = EarlierResult(filepath=str(own), made_by="exp3")
+    missing = EarlierResult(root=str(tmp_path), made_by="exp3")
     assert not missing.exists()
     with pytest.raises(DatasetError, match="run 'kedro run --pipeline exp3' first"):
         missing.load()

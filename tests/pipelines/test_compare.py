@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
 from vlm_latency.errors import DataError, MeasurementError
+from vlm_latency.options import Options
 from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower
 from vlm_latency.results import FILES, read_run
 from vlm_latency.statistics import plain
@@ -22,7 +23,7 @@ from vlm_latency.statistics import plain
 
 def compare(*folders: Path, **options: Any) -> dict[str, Any]:
     result, tables, figure = compare_runs(
-        {"compare": options}, [read_run(folder) for folder in folders]
+        Options.from_parameters({"compare": options}), [read_run(folder) for folder in folders]
     )
     assert len(tables["compare"])
     made_up = any("schema_version" in data for data in read_run(folders[0]).results.values())
@@ -56,12 +57,12 @@ def test_the_gate_fails_where_the_user_says(
 ) -> None:
     before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b", scale=1.1)
     result = compare(before, after)
-    parameters = {"compare": {"fail_if_slower": limit}}
+    settings = Options.from_parameters({"compare": {"fail_if_slower": limit}})
     if fails:
         with pytest.raises(MeasurementError, match=r"b: exp1 is slower than a: T_total × 1\.100"):
-            fail_if_slower(parameters, result, "page")
+            fail_if_slower(settings, result, "page")
     else:
-        assert fail_if_slower(parameters, result, "page")
+        assert fail_if_slower(settings, result, "page")
 
 
 def test_several_runs_are_each_compared_with_the_first(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from kedro.io import DatasetError
 
+from vlm_latency.datasets import GivenRequests
 from vlm_latency.errors import DataError
 from vlm_latency.models import ModelHandle
 from vlm_latency.options import ExperimentOptions, Options
@@ -26,7 +28,9 @@ def options(experiment: str, **sampling: Any) -> ExperimentOptions:
 
 def draw(experiment: str, **sampling: Any) -> pd.DataFrame:
     asked = options(experiment, **sampling)
-    return draw_requests(asked, SOURCE, ModelHandle(asked.model))
+    files = {experiment: asked.sampling.requests}
+    given = GivenRequests(experiment=experiment, files=files).load()
+    return draw_requests(asked, SOURCE, ModelHandle(asked.model), given)
 
 
 def test_requests_of_each_experiment() -> None:
@@ -113,14 +117,14 @@ def spoiled(table: pd.DataFrame, how: str) -> pd.DataFrame:
 def test_what_is_no_table_of_requests(how: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "requests.parquet"
     spoiled(draw("exp1", num_samples=2), how).to_parquet(path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DatasetError, match=message):
         draw("exp1", requests=str(path))
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     path = tmp_path / "requests.parquet"
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DatasetError, match="no file"):
         draw("exp1", requests=str(path))
     path.write_text("request_id\n1\n")
-    with pytest.raises(DataError, match="is not a parquet table"):
+    with pytest.raises(DatasetError, match="is not a parquet table"):
         draw("exp1", requests=str(path))

@@ -9,7 +9,7 @@ import pytest
 
 from vlm_latency.errors import UserError
 from vlm_latency.models import ModelHandle
-from vlm_latency.options import ModelOptions
+from vlm_latency.options import ModelOptions, Options
 from vlm_latency.pipelines.predict.nodes import predict
 
 SIZES = [(224 * k + 112, 336) for k in range(1, 5)]
@@ -61,7 +61,7 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
 def predicted(measured: Any, name: str = "tiny-molmo", dtype: str = "auto", **asked: Any) -> Any:
     parameters = {"model": {"name": name, "dtype": dtype}, "predict": asked}
     model = ModelHandle(ModelOptions.model_validate(parameters["model"]))
-    return predict(parameters, model, *measured)[0]
+    return predict(Options.from_parameters(parameters), model, *measured)[0]
 
 
 @pytest.mark.parametrize(

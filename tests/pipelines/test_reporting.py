@@ -114,10 +114,10 @@ def test_exp3_tells_the_encoders_crops_from_the_decoders_tokens() -> None:
     assert figure.axes
 
 
-def test_exp4_gives_the_cost_of_a_step(architecture: Any) -> None:
+def test_exp4_gives_the_cost_of_a_step() -> None:
     records, requests = m.language_sweep()
     result, *_ = exp4.report(
-        m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}, architecture
+        m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}, None
     )
     found = result["statistics"]
     assert found["fits"]["T_LLM_decode"].slope.value == pytest.approx(m.STEP, rel=0.02)
@@ -152,13 +152,13 @@ CEILINGS = {
 }
 
 
-def test_exp5_finds_that_a_flop_of_decode_costs_more(architecture: Any) -> None:
+def test_exp5_finds_that_a_flop_of_decode_costs_more() -> None:
     sweeps = []
     for name, (records, requests), report in (
         ("exp3", m.vision_sweep(), exp3.report),
         ("exp4", m.language_sweep(), exp4.report),
     ):
-        further = [architecture] if name == "exp4" else []
+        further = [None] if name == "exp4" else []
         result, *_ = report(
             m.options(name),
             _costed(records),

@@ -1,8 +1,9 @@
 """Kedro datasets: thin adapters of the library's rooms, and atomic writing."""
 
-from vlm_latency.datasets.atomic import AtomicJSON, AtomicParquet
+from vlm_latency.datasets.atomic import AtomicJSON, AtomicParquet, ResultFile
 from vlm_latency.datasets.inputs import (
     EarlierResult,
+    GivenRequests,
     ModelDataset,
     OptionalJSON,
     ResultsFolder,
@@ -17,10 +18,12 @@ __all__ = [
     "AtomicParquet",
     "EarlierResult",
     "FigureFile",
+    "GivenRequests",
     "HTMLPage",
     "ModelDataset",
     "OptionalJSON",
     "RecordLog",
+    "ResultFile",
     "ResultsFolder",
     "RunFolders",
     "TableFolder",

@@ -15,7 +15,7 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview, TablePreview
 
 from vlm_latency.errors import DataError
-from vlm_latency.results import read_json
+from vlm_latency.results import read_json, result_path
 from vlm_latency.statistics import plain
 
 
@@ -98,6 +98,23 @@ class AtomicJSON(FileDataset):
         if isinstance(data, dict):
             data = {key: value for key, value in data.items() if key != "results"}
         return JSONPreview(json.dumps(data))
+
+
+class ResultFile(AtomicJSON):
+    """The result of an experiment or an analysis.
+
+    Parameters
+    ----------
+    root
+        The output folder.
+    study
+        The experiment or analysis.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, root: str, study: str, metadata: dict[str, Any] | None = None):
+        super().__init__(filepath=str(result_path(root, study)), metadata=metadata)
 
 
 class AtomicParquet(FileDataset):

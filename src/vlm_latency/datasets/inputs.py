@@ -6,15 +6,21 @@ nothing left to measure loads no model.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import pandas as pd
 from kedro.io import AbstractDataset
 
 from vlm_latency.datasets.atomic import FileDataset
 from vlm_latency.errors import DataError
+from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
 from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
-from vlm_latency.results import Run, read_json, read_result, read_run
+from vlm_latency.records import REQUEST_COLUMNS, typed
+from vlm_latency.results import Run, read_json, read_result, read_run, result_path
 
 if TYPE_CHECKING:
     from vlm_latency.vqa import QuestionSource
@@ -85,12 +91,12 @@ class EarlierResult(FromPath):
 
     Parameters
     ----------
-    filepath
-        Where the command would have put it.
+    root
+        The output folder, where the command would have put it.
     chosen
         Where the user says it is, if so.
     made_by
-        The pipeline that makes it.
+        The experiment that makes it.
     metadata
         Passed through to Kedro plugins.
     """
@@ -98,12 +104,12 @@ class EarlierResult(FromPath):
     def __init__(
         self,
         *,
-        filepath: str,
+        root: str,
         made_by: str,
         chosen: str | None = None,
         metadata: dict[str, Any] | None = None,
     ):
-        super().__init__(filepath=chosen or filepath, metadata=metadata)
+        super().__init__(filepath=chosen or str(result_path(root, made_by)), metadata=metadata)
         self._made_by = made_by
 
     def load(self) -> dict[str, Any]:
@@ -114,6 +120,69 @@ class EarlierResult(FromPath):
                 "exp5.language_results"
             )
         return read_result(self._path)
+
+
+class GivenRequests(ReadOnly):
+    """The table of requests that the user gives in place of drawing; ``None`` where there is none.
+
+    Parameters
+    ----------
+    experiment
+        The experiment whose requests they must be.
+    files
+        The parquet file of each experiment (``sampling.requests``), if any.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(
+        self,
+        *,
+        experiment: str,
+        files: Mapping[str, str | None],
+        metadata: dict[str, Any] | None = None,
+    ):
+        self._experiment, self._file = experiment, files.get(experiment)
+        self.metadata = metadata
+
+    def load(self) -> pd.DataFrame | None:
+        if self._file is None:
+            return None
+        path = Path(self._file)
+        if not path.is_file():
+            raise DataError(f"{self._experiment}.sampling.requests: no file {path}")
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a parquet table: {error}") from None
+        missing = [name for name in REQUEST_COLUMNS if name not in table]
+        if missing:
+            raise DataError(f"{path} is not a table of requests: no column {', '.join(missing)}")
+        try:
+            table = typed(table, REQUEST_COLUMNS)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path} is not a table of requests: {error}") from None
+        self._check(table, path)
+        return table
+
+    def _check(self, table: pd.DataFrame, path: Path) -> None:
+        found = sorted(table["experiment"].fillna("no experiment").unique())
+        if found != [self._experiment]:
+            raise DataError(
+                f"{path} holds requests of {', '.join(found) or 'none'}; expected "
+                f"{self._experiment}"
+            )
+        lengths = issubclass(EXPERIMENTS[self._experiment].sampling or object, LanguageSampling)
+        rules = "" if lengths else "natural|answer|none|"
+        for rule in table["output_length"].fillna("nothing").unique():
+            if not re.fullmatch(rules + "≤?[1-9][0-9]*", rule):
+                raise DataError(
+                    f"{path}: output_length {rule!r} is not a rule of {self._experiment}; expected "
+                    f"{rules.replace('|', ', ')}a number, or ≤ and a number"
+                )
+
+    def _describe(self) -> dict[str, Any]:
+        return {"experiment": self._experiment, "file": self._file}
 
 
 class OptionalJSON(FromPath):

@@ -120,7 +120,7 @@ def plan(requests: pd.DataFrame, measurement: MeasurementOptions) -> pd.DataFram
         raise DataError(f"request_id {twice!r} stands for two requests; expected unique ids")
     generator = np.random.default_rng(measurement.seed)
     count, runs = len(ids), measurement.num_runs
-    repeated = generator.permutation(count)[: measurement.noise_repeats or 0]
+    repeated = generator.permutation(count)[: measurement.noise_repeats]
     if measurement.order == "ascending":
         which = np.concatenate([np.repeat(np.arange(count), runs), repeated])
         run = np.concatenate([np.tile(np.arange(runs), count), np.full(len(repeated), runs)])
@@ -341,7 +341,7 @@ class Session:
         def make(vlm: Any) -> Any:
             from vlm_latency.instrument.methods import make_meter
 
-            return make_meter(vlm, self.options.method or "timeline", engine, length)
+            return make_meter(vlm, self.options.method, engine, length)
 
         self.meter = self.vlm.meter(make)
         if rows:

@@ -6,7 +6,6 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,129 +13,15 @@ import jinja2
 import pandas as pd
 
 from vlm_latency import __version__
+from vlm_latency.experiments import studies
 from vlm_latency.options import PRESETS, Options
-from vlm_latency.page.collect import RESULTS, Study
+from vlm_latency.page.collect import Study
 from vlm_latency.plots.notation import interval, number
 
 FIGURE_WIDTH = 1800  # pixels; the file at full resolution is linked
 PIXELS_PER_INCH = 100  # on the page
 
 
-@dataclass(frozen=True)
-class Fact:
-    """One number of a study's `statistics` worth reading first."""
-
-    label: str
-    path: tuple[str, ...]
-    unit: str = ""
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class About:
-    """What a study asks, and where its answer stands."""
-
-    title: str
-    question: str
-    facts: tuple[Fact, ...] = ()
-
-
-ABOUT = {
-    "exp1": About(
-        "Latency distribution",
-        "How is the latency of a request distributed, and what makes its tail?",
-        (
-            Fact("median of T_total (P50)", ("T_total", "P50"), "ms"),
-            Fact("P95 of T_total", ("T_total", "P95"), "ms"),
-            Fact("P99 of T_total", ("T_total", "P99"), "ms"),
-            Fact("P99 / P50", ("T_total", "tail_ratio")),
-            Fact("mean of T_total", ("T_total", "mean"), "ms"),
-            Fact("median of the time to first token", ("T_first_token", "P50"), "ms"),
-            Fact("where the tail comes from", ("variance_budget", "sentence")),
-            Fact("VQA accuracy", ("accuracy",), "%", 100),
-        ),
-    ),
-    "exp2": About(
-        "Components",
-        "Which component holds the parameters, and which takes the time?",
-        (
-            Fact("T_total, mean", ("means", "T_total"), "ms"),
-            Fact("vision encoder, share of T_total", ("shares", "T_vision_encoder"), "%", 100),
-            Fact("projector, share", ("shares", "T_projector"), "%", 100),
-            Fact("LLM prefill, share", ("shares", "T_LLM_prefill"), "%", 100),
-            Fact("LLM decode, share", ("shares", "T_LLM_decode"), "%", 100),
-            Fact("LLM, prefill and decode, share", ("llm_share",), "%", 100),
-            Fact("preprocessing, before T_total", ("means", "T_preprocess"), "ms"),
-        ),
-    ),
-    "exp3": About(
-        "Vision tokens",
-        "How does latency grow with the number of vision tokens?",
-        (
-            Fact("T_total per vision token", ("fits", "T_total", "slope"), "µs", 1000),
-            Fact("prefill per vision token", ("fits", "T_LLM_prefill", "slope"), "µs", 1000),
-            Fact("encoder per crop, told apart", ("encoder_per_crop",), "ms"),
-            Fact("prefill per vision token, told apart", ("prefill_per_token",), "µs", 1000),
-            Fact("exponent of T_total (1 is linear)", ("exponent",)),
-            Fact("T_total over vision tokens", ("linearity",)),
-            Fact("T_vision_total over vision tokens", ("staircase",)),
-        ),
-    ),
-    "exp4": About(
-        "Language tokens",
-        "How does latency grow with the number of output tokens?",
-        (
-            Fact("decode per output token", ("fits", "T_LLM_decode", "slope"), "ms"),
-            Fact("time to first token", ("prefill",), "ms"),
-            Fact("last decode step / first", ("step_growth",)),
-            Fact("exponent of T_LLM_decode (1 is linear)", ("exponent",)),
-            Fact("lengths that do not fit the model", ("dropped_lengths",)),
-        ),
-    ),
-    "exp5": About(
-        "FLOPs",
-        "Do FLOPs predict latency?",
-        (
-            Fact("R², vision sweep (affine in its tokens)", ("exp3", "r_squared")),
-            Fact("R², language sweep (affine in its tokens)", ("exp4", "r_squared")),
-            Fact("R², both together", ("combined", "r_squared")),
-            Fact("error of FLOPs alone, held out", ("held_out_error", "flops"), "%", 100),
-            Fact("error of tokens", ("held_out_error", "tokens"), "%", 100),
-            Fact("error of the nominal roofline", ("held_out_error", "roofline_nominal"), "%", 100),
-            Fact(
-                "error of the calibrated roofline",
-                ("held_out_error", "roofline_calibrated"),
-                "%",
-                100,
-            ),
-            Fact("verdict", ("verdict",)),
-        ),
-    ),
-    "calibration": About(
-        "Calibration",
-        "How far can these numbers be trusted?",
-        (
-            Fact("error on delays of known length", ("recovery_error",), "%", 100),
-            Fact("instrumented / bare generate()", ("overhead", "ratio")),
-            Fact("bare / bare, the null", ("null", "ratio")),
-            Fact("false alarms between equal runs", ("false_alarms", "share"), "%", 100),
-            Fact("remainder T_other / T_total", ("remainder",), "%", 100),
-        ),
-    ),
-    "predict": About(
-        "Prediction",
-        "How long would a workload take that was not run, and what could pruning win?",
-        (
-            Fact("workload", ("workload",)),
-            Fact("hardware", ("hardware",)),
-            Fact("predicted latency", ("latency",), "ms"),
-        ),
-    ),
-    "compare": About(
-        "Comparison",
-        "Which run is faster, and is the difference certain?",
-    ),
-}
 COVERAGE = ("planned", "measured", "failed", "missing")
 # Where conf/base has another default than the library: a repeating command always says these.
 ALWAYS_SAID = {"sampling.seed", "measurement.num_runs"}
@@ -172,8 +57,8 @@ def build_page(found: Mapping[str, Study]) -> str:
             for name, study in found.items()
             for claim in (study.result or {}).get("claims") or []
         ],
-        studies=[_section(found[name]) for name in RESULTS if name in found],
-        absent=[(name, ABOUT[name]) for name in RESULTS if name not in found],
+        studies=[_section(found[name]) for name in studies() if name in found],
+        absent=[(name, about) for name, about in studies().items() if name not in found],
         coverage=_coverage(found),
         environments=_environments(found),
         calibrated="calibration" in found,
@@ -205,7 +90,7 @@ def _marks(found: Mapping[str, Study]) -> list[str]:
 
 
 def _section(study: Study) -> dict[str, Any]:
-    about, result = ABOUT[study.name], study.result or {}
+    about, result = studies()[study.name], study.result or {}
     statistics = {**result, **(result.get("statistics") or {})}
     figures = [
         {

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_latency.results import FILES
-
-# Study -> the name of its JSON file, in the order in which a reader wants them.
-RESULTS = {**FILES, "calibration": "calibration", "predict": "predict", "compare": "compare"}
+from vlm_latency.experiments import studies
+from vlm_latency.results import result_path
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Study:
     Parameters
     ----------
     name : str
-        "exp1" … "exp5", "calibration", "predict", "compare".
+        A row of `vlm_latency.experiments`.
     result : dict or None
         Its JSON file; None when it cannot be read, and `problem` then says why.
     figures : tuple of Path
@@ -46,9 +44,8 @@ def collect_results(root: str | Path) -> dict[str, Study]:
     """
     root = Path(root)
     found = {}
-    for name, stem in RESULTS.items():
-        folder = root / name
-        path = folder / f"{stem}.json"
+    for name in studies():
+        folder, path = root / name, result_path(root, name)
         if not path.is_file():
             continue
         result, problem = _read(path)

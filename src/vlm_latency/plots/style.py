@@ -100,7 +100,7 @@ class Style:
     @classmethod
     def of(cls, options: FigureOptions) -> Style:
         """Make the style that the user's options ask for."""
-        return cls(options.style == "paper", options.dpi, options.vision_axis or "tokens")
+        return cls(options.style == "paper", options.dpi, options.vision_axis)
 
     @property
     def font_size(self) -> float:

@@ -17,7 +17,7 @@ log = logging.getLogger("vlm_latency")
 
 
 def measure_ceilings(
-    parameters: dict[str, Any], model: ModelHandle, known: dict[str, Any] | None
+    settings: Options, model: ModelHandle, known: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Measure the machine's ceilings: a large matmul, a large copy, the cost of a launch.
 
@@ -36,19 +36,18 @@ def measure_ceilings(
         return {}
     from vlm_latency.instrument.ceilings import ceilings
 
-    options = Options.from_parameters(parameters)
     device, dtype, threads = model.device, model.dtype, model.options.num_threads
     asked = {"device": device, "dtype": dtype, "threads": threads}
     if known and asked.items() <= known.items():
         return known
-    seconds = options.calibration.ceiling_seconds
+    seconds = settings.calibration.ceiling_seconds
     log.info("ceilings: measuring what %s can do in %s, about %.0f s", device, dtype, seconds)
     return {**ceilings(device, dtype, threads, seconds), **asked}
 
 
 def calibrate(
     options: ExperimentOptions,
-    parameters: dict[str, Any],
+    settings: Options,
     model: ModelHandle,
     questions: QuestionSource,
     ceilings: dict[str, Any],
@@ -69,7 +68,7 @@ def calibrate(
     from vlm_latency.plots.style import Style
     from vlm_latency.vqa import Sampling, draw_requests, image_bytes
 
-    asked = Options.from_parameters(parameters).calibration
+    asked = settings.calibration
     sampling = Sampling(num_samples=asked.method_requests, seed=options.sampling.seed)
     requests = draw_requests(questions, sampling, asked.output_tokens, "calibration")
     found = calibration.calibrate(

@@ -12,7 +12,7 @@ def ceilings() -> Pipeline:
         [
             node(
                 nodes.measure_ceilings,
-                inputs=["parameters", "model", "ceilings_so_far"],
+                inputs=["settings", "model", "ceilings_so_far"],
                 outputs="ceilings",
                 name="measure_ceilings",
                 tags="owns_device",
@@ -27,7 +27,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 nodes.calibrate,
-                inputs=["options", "parameters", "model", "questions", "ceilings"],
+                inputs=["options", "settings", "model", "questions", "ceilings"],
                 outputs=["result", "figure_calibration"],
                 name="calibrate",
                 tags="owns_device",
@@ -37,6 +37,6 @@ def create_pipeline() -> Pipeline:
     return ceilings() + Pipeline(
         options.create_pipeline("calibration") + prove,
         namespace="calibration",
-        inputs={"model", "questions", "ceilings"},
+        inputs={"settings", "model", "questions", "ceilings"},
         tags="calibration",
     )

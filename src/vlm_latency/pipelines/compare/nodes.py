@@ -21,7 +21,7 @@ COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
 
 def compare_runs(
-    parameters: dict[str, Any], runs: list[Run]
+    settings: Options, runs: list[Run]
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Compare each run with the first one, experiment by experiment.
 
@@ -39,13 +39,12 @@ def compare_runs(
     from vlm_latency.plots.comparison import ratios
     from vlm_latency.plots.style import FigureContext, Style
 
-    options = Options.from_parameters(parameters)
     baseline, *candidates = _named_apart(runs)
     comparisons, not_compared = {}, {}
     for run in candidates:
         for name in _shared(baseline, run):
             try:
-                found = _compare(baseline, run, name, options.compare.margin)
+                found = _compare(baseline, run, name, settings.compare.margin)
             except DataError as error:  # such as the grids of a model that has no tiles
                 not_compared[f"{run.name}: {name}"] = str(error)
             else:
@@ -68,7 +67,7 @@ def compare_runs(
         marks=tuple(dict.fromkeys(said)),
         model="",
     )
-    style = Style.of(options.figures)
+    style = Style.of(settings.experiment("compare").figures)
     result = {
         "schema_version": SCHEMA_VERSION,
         "experiment": "compare",
@@ -76,18 +75,18 @@ def compare_runs(
         "environment": about,
         "baseline": baseline.name,
         "runs": [run.name for run in candidates],
-        "margin": options.compare.margin,
-        "options": {"compare": options.compare.model_dump(mode="json")},
+        "margin": settings.compare.margin,
+        "options": {"compare": settings.compare.model_dump(mode="json")},
         "comparisons": comparisons,
         "not_compared": not_compared,
         "environment_differences": differences,
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
-    figure = ratios(comparisons, baseline.name, options.compare.margin, context, style)
+    figure = ratios(comparisons, baseline.name, settings.compare.margin, context, style)
     return result, {"compare": _table(comparisons)}, figure
 
 
-def fail_if_slower(parameters: dict[str, Any], result: dict[str, Any], page: str) -> bool:
+def fail_if_slower(settings: Options, result: dict[str, Any], page: str) -> bool:
     """End the command with an error where a run is surely slower than the user allows.
 
     Parameters
@@ -101,7 +100,7 @@ def fail_if_slower(parameters: dict[str, Any], result: dict[str, Any], page: str
         Naming the comparison: the whole interval of T_total's ratio lies above
         1 + ``compare.fail_if_slower`` percent.
     """
-    limit = Options.from_parameters(parameters).compare.fail_if_slower
+    limit = settings.compare.fail_if_slower
     if limit is None:
         return True
     for name, comparison in result["comparisons"].items():

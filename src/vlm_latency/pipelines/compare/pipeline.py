@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 nodes.compare_runs,
-                inputs=["parameters", "runs"],
+                inputs=["settings", "runs"],
                 outputs=["result", "tables", "figure_compare"],
                 name="compare_runs",
             )
@@ -20,8 +20,10 @@ def create_pipeline() -> Pipeline:
     # Outside the namespace: it comes after the page, which is everybody's.
     gate = node(
         nodes.fail_if_slower,
-        inputs=["parameters", "compare.result", "page"],
+        inputs=["settings", "compare.result", "page"],
         outputs="passed",
         name="fail_if_slower",
     )
-    return Pipeline(stage, namespace="compare", tags="compare") + Pipeline([gate], tags="compare")
+    return Pipeline(stage, namespace="compare", inputs="settings", tags="compare") + Pipeline(
+        [gate], tags="compare"
+    )

@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 nodes.draw_requests,
-                inputs=["options", "questions", "model"],
+                inputs=["options", "questions", "model", "given_requests"],
                 outputs="requests",
                 name="draw_requests",
             )

@@ -39,7 +39,7 @@ def estimate(
     return add_costs(
         measurements,
         model.architecture,
-        estimator=str(options.flops.estimator),
+        estimator=options.flops.estimator,
         counted=options.flops.counted,
         hardware=ceilings or None,
         dtype=model.dtype,

@@ -1,6 +1,6 @@
 """The effective options of one experiment, settled before anything else."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedro.pipeline import Pipeline, node
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 def create_pipeline(experiment: str) -> Pipeline:
     """Settle the options of one experiment."""
 
-    def settle_options(parameters: dict[str, Any], model: "ModelHandle") -> ExperimentOptions:
+    def settle_options(settings: Options, model: "ModelHandle") -> ExperimentOptions:
         """Settle what the protocol, the shared groups and the experiment's overrides leave open."""
-        return Options.from_parameters(parameters).experiment(experiment, model.weights)
+        return settings.experiment(experiment, model.weights)
 
     return Pipeline(
         [
             node(
                 settle_options,
-                inputs=["parameters", "model"],
+                inputs=["settings", "model"],
                 outputs="options",
                 name="settle_options",
             )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    parameters: dict[str, Any],
+    settings: Options,
     model: ModelHandle,
     vision: dict[str, Any],
     language: dict[str, Any],
@@ -52,7 +52,6 @@ def predict(
     from vlm_latency.plots.prediction import predicted_latency
     from vlm_latency.plots.style import FigureContext, Style
 
-    settings = Options.from_parameters(parameters)
     asked = settings.predict
     ceilings = vision.get("ceilings")
     if not ceilings:
@@ -135,7 +134,7 @@ def predict(
         ),
         statistics,
         context,
-        Style.of(settings.figures),
+        Style.of(settings.experiment("predict").figures),
     )
     result = {
         "schema_version": SCHEMA_VERSION,

@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             node(
                 nodes.predict,
-                inputs=["parameters", "model", "vision", "language"],
+                inputs=["settings", "model", "vision", "language"],
                 outputs=["result", "tables", "figure_predict"],
                 name="predict",
             )
@@ -21,6 +21,7 @@ def create_pipeline() -> Pipeline:
         stage,
         namespace="predict",
         inputs={
+            "settings": "settings",
             "model": "model",
             "vision": "exp5.vision",
             "language": "exp5.language",

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from vlm_latency.experiments import LanguageSampling
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
 from vlm_latency.pipelines.reporting.exp1 import outliers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from vlm_latency.models import ModelHandle
-
 BINS = 48  # of positions, for the line through the steps
 FITTED = ("T_LLM_decode", "T_total")
 
@@ -27,7 +25,7 @@ def report(
     coverage: dict[str, Any],
     environment: dict[str, Any],
     ceilings: dict[str, Any],
-    model: ModelHandle,
+    given_requests: pd.DataFrame | None,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
     """Report on output tokens.
 
@@ -37,7 +35,6 @@ def report(
         ``exp4_language_tokens_vs_latency`` as JSON, tables for people, and the figure.
     """
     from vlm_latency import statistics as st
-    from vlm_latency.pipelines.data_sampling.nodes import too_long
     from vlm_latency.plots.language_sweep import language_tokens_vs_latency
     from vlm_latency.plots.style import Style
 
@@ -66,7 +63,7 @@ def report(
         "prefill": prefill,
         "steps": _smooth(steps),
         "step_growth": growth,
-        "dropped_lengths": sorted(too_long(options, model)),
+        "dropped_lengths": _dropped(options, requests, given_requests),
         "outliers": outliers(rows),
         "notes": notes,
     }
@@ -89,6 +86,20 @@ def report(
         ]
     )
     return result, {"lengths": lengths, "slopes": common.slopes_table(lines)}, figure
+
+
+def _dropped(
+    options: ExperimentOptions[LanguageSampling],
+    requests: pd.DataFrame,
+    given: pd.DataFrame | None,
+) -> list[int]:
+    """List the output lengths that were asked for and not measured: they do not fit the model."""
+    asked = (
+        set(map(str, options.sampling.max_new_tokens_list))
+        if given is None
+        else set(given["output_length"].str.removeprefix("≤"))
+    )
+    return sorted(map(int, asked - set(requests["output_length"].str.removeprefix("≤"))))
 
 
 def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def report(
         [entry_table(data, name).assign(sweep=name) for name, data in sweeps.items()],
         ignore_index=True,
     )
-    points = _chosen_flops(points, str(own), notes)
+    points = _chosen_flops(points, own, notes)
     environment, marks = _environment(sweeps, notes)
     estimators = {
         name: _association(points, f"flops_total{suffix}", notes)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from vlm_latency.pipelines.reporting import exp1, exp2, exp3, exp4, exp5
 
-REPORTS: dict[str, Callable[..., Any]] = {
-    "exp1": exp1.report,
-    "exp2": exp2.report,
-    "exp3": exp3.report,
-    "exp4": exp4.report,
-    "exp5": exp5.report,
-}
+def report_of(experiment: str) -> Callable[..., Any]:
+    """Find the report of an experiment: ``report`` in this package's module of its name."""
+    found: Callable[..., Any] = import_module(f"{__package__}.{experiment}").report
+    return found
 
 
 def publish(results: dict[str, Any], *made: Any) -> str:

@@ -1,0 +1,84 @@
+"""What groups of parameters are made of: their base class and the values that need parsing."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, create_model
+
+# Marks a field that the protocol settles where the user leaves it open (``None``, the default).
+BY_PROTOCOL: Final = "as the protocol says"
+
+
+class Group(BaseModel):
+    """A group of parameters: unknown names are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SamplingOptions(Group):
+    """``expN.sampling.*``: which requests an experiment makes."""
+
+    requests: str | None = Field(
+        None, description="a table of requests made before (parquet), instead of drawing"
+    )
+    seed: int = Field(0, description="of the drawing")
+
+
+G = TypeVar("G", bound=Group)
+
+
+def asked(settled: type[G]) -> type[G]:
+    """Give the group as users write it: what the protocol settles may be left open."""
+    fields: dict[str, Any] = {}
+    for name, field in settled.model_fields.items():
+        if BY_PROTOCOL in field.metadata:
+            kind: Any = Annotated[(field.annotation, *field.metadata)]  # type: ignore[valid-type]
+            fields[name] = (kind | None, Field(None, description=field.description))
+    return create_model(settled.__name__, __base__=settled, __doc__=settled.__doc__, **fields)
+
+
+def _words(value: Any) -> Any:
+    """Lists do not parse on Kedro's command line: take ``"8 16 32"`` as well, and one number."""
+    if isinstance(value, str):
+        return value.replace(",", " ").split()
+    return [value] if isinstance(value, int | float) else value
+
+
+def _output_length(value: Any) -> str:
+    text = str(value)
+    if text in {"natural", "answer", "none"} or (text.isdigit() and int(text) > 0):
+        return text
+    raise ValueError("expected natural, answer, none or a positive number")
+
+
+def _tiling(value: Any) -> Any:
+    """Read "2x3" once, as (rows, columns)."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value)
+    if not match:
+        raise ValueError("expected rows x columns, such as 2x3")
+    return int(match[1]), int(match[2])
+
+
+def _tiling_or_none(value: Any) -> Any:
+    try:
+        return None if value == "none" else _tiling(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or none") from None
+
+
+Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
+PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+OutputLength = Annotated[str, BeforeValidator(_output_length)]
+_Tiles = Annotated[int, Field(gt=0)]
+Tiling = Annotated[
+    tuple[_Tiles, _Tiles],
+    BeforeValidator(_tiling),
+    PlainSerializer(lambda grid: f"{grid[0]}x{grid[1]}", when_used="json"),
+]
+TilingOrNone = Annotated[Tiling | None, BeforeValidator(_tiling_or_none)]
