@@ -12,6 +12,7 @@ from kedro.pipeline import Pipeline, node
 from kedro.runner import SequentialRunner, ThreadRunner
 
 from vlm_latency import hooks
+from vlm_latency.config_loader import ConfigLoader
 from vlm_latency.errors import MeasurementError, UserError
 
 
@@ -35,7 +36,14 @@ def hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hooks.ProjectHooks:
 
 
 def context(project: Path, **parameters: Any) -> Any:
-    return SimpleNamespace(params=parameters, project_path=project)
+    loader = ConfigLoader(
+        str(Path(__file__).parents[1] / "conf"),
+        base_env="base",
+        default_run_env="smoke",
+        runtime_params=parameters,
+        merge_strategy={"parameters": "soft"},
+    )
+    return SimpleNamespace(config_loader=loader, project_path=project)
 
 
 def before(hook: hooks.ProjectHooks, pipeline: Pipeline, **run_params: Any) -> None:

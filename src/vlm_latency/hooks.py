@@ -69,7 +69,11 @@ class ProjectHooks:
                 for dataset in row.earlier
                 if (name := f"{row.name}.{dataset}") in inputs
             },
-            given={name: catalog[f"{name}.given_requests"] for name in measured},
+            given={
+                name: catalog[table]
+                for name in measured
+                if (table := f"{name}.given_requests") in catalog
+            },
         ):
             log.info(line)
         for name, row in EXPERIMENTS.items():

@@ -82,7 +82,7 @@ def check(
         for name in experiments:
             settled = options.experiment(name, handle.weights)
             known = len(problems)
-            table = attempt(given[name].load) if given else None
+            table = attempt(given[name].load) if given and name in given else None
             if len(problems) > known:
                 continue
             attempt(_fits_positions, settled, handle, table)
