@@ -42,7 +42,10 @@ def draw_requests(
 
 
 def _fitting(
-    requests: pd.DataFrame, long: dict[int, int], options: ExperimentOptions[Any], model: ModelHandle
+    requests: pd.DataFrame,
+    long: dict[int, int],
+    options: ExperimentOptions[Any],
+    model: ModelHandle,
 ) -> pd.DataFrame:
     """Leave the lengths out that do not fit the model."""
     kept = requests[~requests["output_length"].map(number).isin(long)].reset_index(drop=True)

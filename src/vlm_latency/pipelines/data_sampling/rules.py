@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlm_latency.models.interface import ModelArchitecture
     from vlm_latency.vqa import QuestionSource, Sampling
 
+
 class Questions:
     """Questions drawn from the dataset; other rules say what they do otherwise."""
 
@@ -59,7 +60,10 @@ class VisionSweep(Questions):
     PREFILL = True
 
     def draw(
-        self, options: ExperimentOptions[VisionSampling], questions: QuestionSource, model: ModelHandle
+        self,
+        options: ExperimentOptions[VisionSampling],
+        questions: QuestionSource,
+        model: ModelHandle,
     ) -> pd.DataFrame:
         """Draw one request per grid, or per image size where the model has no grids."""
         from vlm_latency import vqa
@@ -93,7 +97,10 @@ class LanguageSweep(Questions):
     MEND = "leave them out, or set {experiment}.sampling.on_too_long=drop"
 
     def draw(
-        self, options: ExperimentOptions[LanguageSampling], questions: QuestionSource, model: ModelHandle
+        self,
+        options: ExperimentOptions[LanguageSampling],
+        questions: QuestionSource,
+        model: ModelHandle,
     ) -> pd.DataFrame:
         """Draw the questions and give each every length."""
         from vlm_latency import vqa
