@@ -9,6 +9,7 @@ from vlm_latency.statistics import (
     language_linear_claim,
     linear_fit,
     llm_bottleneck_claim,
+    marginal_change,
     power_law_fit,
     prefill_grows_claim,
     tail_claim,
@@ -33,17 +34,18 @@ def about(low: float | None, high: float | None) -> Estimate:
         (llm_bottleneck_claim(0.4, about(0.6, 0.7)), "contradicted"),
         (llm_bottleneck_claim(0.9, about(0.1, 0.2)), "contradicted"),
         (llm_bottleneck_claim(None, about(0.6, 0.7)), "undecided"),
-        (vision_sublinear_claim(about(0.7, 0.9)), "supported"),
-        (vision_sublinear_claim(about(0.9, 1.1)), "undecided"),
-        (vision_sublinear_claim(about(1.0, 1.0)), "contradicted"),
-        (prefill_grows_claim(about(0.1, 0.2)), "supported"),
-        (prefill_grows_claim(about(-0.1, 0.2)), "undecided"),
-        (prefill_grows_claim(about(0.0, 0.0)), "contradicted"),
-        (language_linear_claim(about(0.98, 1.02), about(0.95, 1.05)), "supported"),
-        (language_linear_claim(about(0.98, 1.02), about(1.05, 1.15)), "undecided"),
-        (language_linear_claim(about(0.98, 1.02), about(1.2, 1.3)), "contradicted"),
-        (language_linear_claim(about(1.1, 1.2), None), "contradicted"),
-        (language_linear_claim(about(0.98, 1.02), None), "undecided"),
+        (vision_sublinear_claim(about(-0.7, -0.2)), "supported"),
+        (vision_sublinear_claim(about(-0.2, 0.1)), "undecided"),
+        (vision_sublinear_claim(about(-0.05, 0.05), about(0.8, 0.9)), "contradicted"),
+        (vision_sublinear_claim(about(1.5, 2.0)), "contradicted"),
+        (vision_sublinear_claim(None, about(0.7, 0.8)), "undecided"),
+        (prefill_grows_claim(about(1.2, 1.4)), "supported"),
+        (prefill_grows_claim(about(0.9, 1.2)), "undecided"),
+        (prefill_grows_claim(about(1.0, 1.0)), "contradicted"),
+        (language_linear_claim(about(0.95, 1.05)), "supported"),
+        (language_linear_claim(about(1.05, 1.15)), "undecided"),
+        (language_linear_claim(about(1.2, 1.3)), "contradicted"),
+        (language_linear_claim(about(0.95, 1.05), about(0.8, 0.9)), "supported"),
         (flops_imperfect_claim(about(0.2, 0.3), about(2.0, 3.0)), "supported"),
         (flops_imperfect_claim(about(0.01, 0.04), about(2.0, 3.0)), "contradicted"),
         (flops_imperfect_claim(about(0.2, 0.3), about(0.5, 0.9)), "contradicted"),
@@ -62,7 +64,7 @@ def test_verdicts(claim: object, verdict: str) -> None:
         llm_bottleneck_claim(None, None),
         vision_sublinear_claim(None),
         prefill_grows_claim(None),
-        language_linear_claim(None, None),
+        language_linear_claim(None),
         flops_imperfect_claim(None, None),
     ],
 )
@@ -76,15 +78,25 @@ def test_constant_latencies_contradict_the_tail_and_the_growth(n: int) -> None:
     constant = np.full(n, 123.4)
     assert str(tail_claim(tail_ratio(constant))) == "tail: contradicted"
     if n > 2:
-        slope = linear_fit(np.arange(n), constant).slope
-        assert prefill_grows_claim(slope).verdict == "contradicted"
+        growth = linear_fit(np.arange(n), constant).growth(0, n - 1)
+        assert prefill_grows_claim(growth).verdict == "contradicted"
 
 
-def test_exact_lines_are_not_sub_linear() -> None:
-    tokens = np.arange(144.0, 2000, 144)
-    assert vision_sublinear_claim(power_law_fit(tokens, 0.3 * tokens).exponent).verdict == (
-        "contradicted"
-    )
-    assert vision_sublinear_claim(power_law_fit(tokens, tokens**0.7).exponent).verdict == (
-        "supported"
-    )
+TOKENS = np.arange(144.0, 2000, 144)
+
+
+@pytest.mark.parametrize(
+    ("latency", "verdict"),
+    [
+        (0.3 * TOKENS, "contradicted"),
+        (50 + 0.1 * TOKENS + 2e-5 * TOKENS**2, "contradicted"),  # an exponent below 1 all the same
+        (np.maximum(20, 0.03 * TOKENS), "contradicted"),
+        (TOKENS**0.7, "supported"),
+        (50 + TOKENS**0.7, "supported"),
+    ],
+)
+def test_an_offset_makes_nothing_sub_linear(latency: np.ndarray, verdict: str) -> None:
+    exponent = power_law_fit(TOKENS, latency).exponent
+    claim = vision_sublinear_claim(marginal_change(TOKENS, latency), exponent)
+    assert claim.verdict == verdict
+    assert bool(claim.note) == (verdict == "contradicted" and exponent.below(1))

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_latency.errors import UserError
-from vlm_latency.statistics import linear_fit, multi_linear_fit, power_law_fit
+from vlm_latency.statistics import (
+    floor_and_line,
+    headline_line,
+    linear_fit,
+    marginal_change,
+    multi_linear_fit,
+    power_law_fit,
+    robust_line,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -62,6 +70,87 @@ def test_clusters_of_one_equal_no_clusters() -> None:
     free, single = linear_fit(x, y), linear_fit(x, y, range(20))
     np.testing.assert_allclose(free.solution.covariance, single.solution.covariance)
     assert (free.solution.freedom, single.solution.freedom) == (18, 18)
+
+
+def test_leaving_out_clusters_by_hand() -> None:
+    image = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
+    x = RNG.uniform(0, 10, image.size)
+    y = x + RNG.normal(size=6)[image] + RNG.normal(size=image.size)
+    fit = linear_fit(x, y, image)
+    without = [linear_fit(x[image != i], y[image != i]).slope.value for i in range(6)]
+    # CR3 is the jackknife about the full fit
+    error = np.sqrt(((np.array(without) - fit.slope.value) ** 2).sum())
+    assert fit.slope.high - fit.slope.value == pytest.approx(scipy.stats.t.ppf(0.975, 4) * error)
+
+
+def test_a_cluster_that_alone_fixes_the_slope_leaves_no_interval() -> None:
+    fit = linear_fit([1, 1, 1, 1, 1, 1, 2, 3], [1, 2, 1, 3, 2, 1, 4, 7], list("aabbccdd"))
+    assert fit.slope.low is None and "one cluster alone" in fit.slope.note
+
+
+def spiked(seed: int, spikes: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """15 requests of 5 runs: 10 + 0.14 x, a request's effect of 1 %, noise of 2 %, slow runs."""
+    rng = np.random.default_rng(seed)
+    request = np.repeat(np.arange(15), 5)
+    x = np.linspace(288, 1344, 15)[request]
+    y = (10 + 0.14 * x) * np.exp(rng.normal(0, 0.01, 15)[request] + rng.normal(0, 0.02, 75))
+    return x, y + np.where(rng.random(75) < spikes, rng.exponential(150, 75), 0), request
+
+
+def test_extreme_runs_do_not_rule_the_robust_line() -> None:
+    found = [headline_line(*spiked(seed, 0.1)) for seed in range(40)]
+    hits = [f.robust.slope.low <= 0.14 <= f.robust.slope.high for f in found]
+    assert sum(hits) >= 34
+    assert np.mean([abs(f.robust.slope.value - 0.14) for f in found]) < 0.003
+    assert sum(f.chosen == "robust" and f.headline is f.robust for f in found) >= 36
+    clean = [headline_line(*spiked(seed, 0)) for seed in range(40)]
+    assert sum(f.chosen == "least squares" for f in clean) >= 36
+
+
+def test_robust_line_of_exact_and_of_few_points() -> None:
+    x = np.arange(9.0)
+    y = 5 + 2 * x
+    y[4] = 1e6
+    fit = robust_line(x, y)
+    assert (fit.slope.value, fit.intercept.value) == pytest.approx((2, 5), rel=1e-6)
+    assert robust_line([1, 2], [1, 2]).slope.low is None
+
+
+def test_marginal_cost_by_hand() -> None:
+    x = np.arange(1.0, 30)
+    # slopes 2 at 1 and 30 at 29, 16 on average
+    found = marginal_change(x, 7 + x + x**2 / 2 + RNG.normal(0, 0.1, 29))
+    assert found.low < 28 / 16 < found.high
+    assert marginal_change(x, 7 + RNG.normal(0, 0.1, 29)).value is None
+    floor = marginal_change(x, np.maximum(7, x - 10) + RNG.normal(0, 0.05, 29))
+    assert floor.above(1.5)
+    with pytest.raises(UserError, match="do not determine"):
+        marginal_change([1, 1, 2, 2], [1, 2, 3, 4])
+
+
+def test_a_floor_is_told_from_a_line() -> None:
+    rng = np.random.default_rng(0)
+    request = np.repeat(np.arange(15), 5)
+    x = np.linspace(288, 1344, 15)[request]
+    made = {
+        "line": 10 + 0.14 * x,
+        "floor and line": np.maximum(18, 18 + 0.02 * (x - 650)),
+        "floor": np.full(75, 18.0),
+    }
+    for truth, latency in made.items():
+        held = []
+        for _ in range(25):
+            effect = rng.normal(0, 0.01, 15)[request] + rng.normal(0, 0.02, 75)
+            y = latency * np.exp(effect)
+            y[rng.integers(75, size=4)] += 40  # a slow run here and there
+            found = floor_and_line(x, y, request, resamples=199)
+            held.append(found.holds == truth)
+            if truth == found.holds == "floor and line":
+                assert 400 < found.free.value < 900
+                assert found.predict([300.0])[0] == pytest.approx(found.floor.value)
+        assert sum(held) >= 20
+    assert floor_and_line([1, 2, 3, 4], [1, 1, 2, 3]).holds == "undecided"
+    assert floor_and_line(np.arange(1.0, 9), 3 * np.arange(1.0, 9)).holds == "line"
 
 
 @pytest.mark.parametrize("clustered", [False, True])

@@ -36,9 +36,11 @@ from vlm_latency.statistics.fits import (
     MultiLinearFit,
     PowerLawFit,
     linear_fit,
+    marginal_change,
     multi_linear_fit,
     power_law_fit,
 )
+from vlm_latency.statistics.floors import FloorAndLine, floor_and_line
 from vlm_latency.statistics.linearity import (
     BreakPoint,
     LinearityTest,
@@ -63,18 +65,21 @@ from vlm_latency.statistics.quantiles import (
     tail_ratio,
 )
 from vlm_latency.statistics.results import Estimate, plain
+from vlm_latency.statistics.robust import ChosenLine, headline_line, robust_line
 from vlm_latency.statistics.variance import VarianceBudget, variance_budget
 
 __all__ = [
     "AsGiven",
     "BandedFit",
     "BreakPoint",
+    "ChosenLine",
     "Claim",
     "Comparison",
     "Correlations",
     "CrossValidation",
     "Estimate",
     "FalseAlarms",
+    "FloorAndLine",
     "IsoPairs",
     "LinearFit",
     "LinearityTest",
@@ -92,12 +97,15 @@ __all__ = [
     "compare_tables",
     "correlations",
     "cross_validate",
+    "floor_and_line",
     "flops_imperfect_claim",
+    "headline_line",
     "iso_pairs",
     "language_linear_claim",
     "linear_fit",
     "linearity_test",
     "llm_bottleneck_claim",
+    "marginal_change",
     "mark_outliers",
     "multi_linear_fit",
     "needed_n",
@@ -107,6 +115,7 @@ __all__ = [
     "power_law_fit",
     "prefill_grows_claim",
     "rank_inversions",
+    "robust_line",
     "staircase",
     "summary",
     "tail_claim",

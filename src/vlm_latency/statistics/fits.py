@@ -205,6 +205,45 @@ def multi_linear_fit(
     )
 
 
+def marginal_change(
+    x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95
+) -> Estimate:
+    """Return how much what one x more costs changes over the sweep, as a share of its mean.
+
+    (slope at the largest x − slope at the smallest) / mean slope, of y = a + b·x + c·x². An
+    offset, which makes the exponent of `power_law_fit` small, leaves it as it is. 0 for a line,
+    below 0 where costs fall, 2 where one x more costs nothing at the start.
+
+    Returns
+    -------
+    Estimate
+        By the delta method from HC3 or CR3 over clusters. None where y does not surely grow with
+        x: there is no cost to compare.
+
+    Raises
+    ------
+    DataError
+        As `linear_fit`, and below 3 different x.
+
+    Examples
+    --------
+    >>> x = np.arange(1.0, 9)
+    >>> f"{marginal_change(x, 50 + 3 * x):.2f}", f"{marginal_change(x, 50 + x**2):.2f}"
+    ('0.00 (0.00 to 0.00)', '1.56 (1.56 to 1.56)')
+    """
+    x, y = as_pairs(("x", "y"), x, y)
+    design = np.column_stack([np.ones(x.size), x, x**2])
+    solution = _solve(design, y, ("intercept", "x", "x²"), clusters, level)
+    change = np.array([0.0, 0.0, 2 * (x.max() - x.min())])
+    mean = np.array([0.0, 1.0, x.max() + x.min()])
+    cost = solution.estimate(float(mean @ solution.beta), mean)
+    if cost.value is None or cost.value <= 0 or not (cost.low is None or cost.above(0)):
+        note = "y does not surely grow with x: no cost of one more to compare"
+        return Estimate(None, None, None, level, x.size, "none", note)
+    value = float(change @ solution.beta) / cost.value
+    return solution.estimate(value, (change - value * mean) / cost.value)
+
+
 def power_law_fit(
     x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95
 ) -> PowerLawFit:
@@ -271,7 +310,7 @@ class Solution:
         if self.covariance is None:
             return np.full_like(value, np.nan), np.full_like(value, np.nan)
         variance = np.einsum("ij,jk,ik->i", design, self.covariance, design)
-        half = self._t() * np.sqrt(variance.clip(0))
+        half = self.t() * np.sqrt(variance.clip(0))
         return value - half, value + half
 
     def coefficients(self) -> list[Estimate]:
@@ -285,13 +324,16 @@ class Solution:
         """Return `value` with the interval of a function of the coefficients."""
         if self.covariance is None:
             note = f"an interval needs more than {self.beta.size} independent points"
+            if self.freedom > 0:
+                note = "no interval: one cluster alone fixes a coefficient"
             return Estimate(value, None, None, self.level, self.n, "none", note)
         variance = float(gradient @ self.covariance @ gradient)
-        half = self._t() * math.sqrt(max(variance, 0.0))
+        half = self.t() * math.sqrt(max(variance, 0.0))
         note = "" if half else "every point lies on the fit"
         return Estimate(value, value - half, value + half, self.level, self.n, self.method, note)
 
-    def _t(self) -> float:
+    def t(self) -> float:
+        """Return Student's quantile of the level."""
         return float(scipy.stats.t.ppf((1 + self.level) / 2, self.freedom))
 
 
@@ -327,6 +369,7 @@ def _solve(
     covariance, method = None, "least squares"
     if groups > k:
         covariance, method = _covariance(Z, residual, inverse, codes, groups)
+    if covariance is not None:
         covariance = covariance / np.outer(scale, scale)
     return Solution(
         beta=beta / scale,
@@ -341,18 +384,24 @@ def _solve(
 
 def _covariance(
     Z: Floats, residual: Floats, inverse: Floats, codes: NDArray[np.int64], groups: int
-) -> tuple[Floats, str]:
+) -> tuple[Floats | None, str]:
+    """Return the covariance; None where one cluster alone fixes a coefficient."""
     n, k = Z.shape
-    clustered = groups < n
-    if clustered:
-        scores = np.empty((groups, k))
-        order = np.argsort(codes, kind="stable")
-        ends = np.cumsum(np.bincount(codes))[:-1]
-        for group, rows in enumerate(np.split(order, ends)):
-            own = Z[rows]
-            left_out = np.eye(rows.size) - own @ inverse @ own.T
-            scores[group] = own.T @ np.linalg.pinv(left_out, hermitian=True) @ residual[rows]
-        return inverse @ (scores.T @ scores) @ inverse, f"least squares, CR3 over {groups} clusters"
+    if groups < n:
+        # Leaving out a cluster needs only its k × k products, whatever the number of its rows.
+        root = np.linalg.cholesky(inverse)
+        own = Z @ root
+        products = np.column_stack(
+            [np.bincount(codes, weights=own[:, i] * own[:, j]) for i in range(k) for j in range(k)]
+        ).reshape(groups, k, k)
+        scores = np.column_stack(
+            [np.bincount(codes, weights=own[:, i] * residual) for i in range(k)]
+        )
+        left_out = np.eye(k) - products
+        if np.linalg.eigvalsh(left_out).min() < 1e-9:
+            return None, "none"
+        scores = np.linalg.solve(left_out, scores[..., None])[..., 0] @ root.T
+        return np.asarray(scores.T @ scores), f"least squares, CR3 over {groups} clusters"
     free = 1 - np.einsum("ij,jk,ik->i", Z, inverse, Z)
     if free.min() < 1e-9:  # a point that alone fixes a coefficient has no residual to judge by
         equal = (residual**2).sum() / (n - k) * inverse

@@ -63,6 +63,9 @@ def report(
         "axis": axis,
         "fits": lines,
         "exponent": exponent.exponent if exponent else None,
+        "marginal_change": common.unless_impossible(
+            notes, "marginal cost", st.marginal_change, tokens, rows["T_total"], request
+        ),
         "staircase": steps,
         "linearity": bend,
         "encoder_per_crop": encoder.get("num_crops"),
@@ -75,10 +78,22 @@ def report(
     figure = vision_tokens_vs_latency(
         rows, found, common.context(options, environment, coverage), Style.of(options.figures)
     )
-    prefill_line = lines.get("T_LLM_prefill")
+    known = rows["T_LLM_prefill"].notna()
+    prefill_line = common.unless_impossible(
+        notes,
+        "line of T_LLM_prefill",
+        st.headline_line,
+        tokens[known],
+        rows.loc[known, "T_LLM_prefill"],
+        request[known],
+    )
+    prefill_line = prefill_line and prefill_line.headline
     claims = [
-        st.vision_sublinear_claim(exponent.exponent if exponent else None),
-        st.prefill_grows_claim(prefill_line.slope if prefill_line else None),
+        st.vision_sublinear_claim(found["marginal_change"], found["exponent"]),
+        st.prefill_grows_claim(
+            prefill_line and prefill_line.growth(tokens.min(), tokens.max()),
+            prefill_line and prefill_line.slope,
+        ),
     ]
     table = common.entries(records, requests, common.COSTS)
     result = {

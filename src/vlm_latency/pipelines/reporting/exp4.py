@@ -70,7 +70,7 @@ def report(
     figure = language_tokens_vs_latency(
         rows, found, common.context(options, environment, coverage), Style.of(options.figures)
     )
-    claims = [st.language_linear_claim(exponent.exponent if exponent else None, growth)]
+    claims = [st.language_linear_claim(growth, exponent.exponent if exponent else None)]
     table = common.entries(records, requests, common.COSTS)
     result = {
         "results": common.entry_dicts(table, {"query_id": "question_id"}),
