@@ -61,7 +61,10 @@ class HandArchitecture:
     def dummy_inputs(self, width: int, height: int, num_text_tokens: int) -> dict[str, Any]:
         import torch
 
-        return {"pixel_values": torch.empty(1, 3, CROP, CROP, device="meta")}
+        return {
+            "pixel_values": torch.empty(1, 3, CROP, CROP, device="meta"),
+            "input_ids": torch.tensor([[49] * 4 + [1] * num_text_tokens]),
+        }
 
     def image_tokens(self, width: int, height: int) -> Any:
         return SimpleNamespace(

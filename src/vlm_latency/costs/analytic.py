@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_latency.costs.census import Census, Tally, causal_pairs, units
 from vlm_latency.costs.shapes import RequestShape
+from vlm_latency.costs.units import Census, Tally, causal_pairs, units
 
 
 def analytic(

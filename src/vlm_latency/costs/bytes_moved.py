@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm_latency.costs.census import Census, Tally, cache_sum, units
 from vlm_latency.costs.shapes import RequestShape
+from vlm_latency.costs.units import Census, Tally, cache_sum, units
 from vlm_latency.errors import UserError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -2,14 +2,8 @@
 
 `take_census` walks the modules of the real architecture (on the meta device: shapes without
 memory) and files every linear layer, convolution, attention and expert under the *unit* it runs
-once per. How many units a request has is arithmetic on its shape (`units`); FLOPs are then
+once per. How many units a request has is arithmetic on its shape (`costs.units`); FLOPs are then
 Σ units × FLOPs per unit, with nothing run.
-
-Units of the vision encoder: ``patch`` (patch embedding), ``position`` (patches and class tokens),
-``pair`` and ``window_pair`` (query × key). Of the projector: ``merged`` (vectors it gives),
-``pooled`` (vectors it pools), ``pooled_pair``. Of the decoder: ``token``, ``vision_token`` (what an
-image's token costs more than one of text, where its experts are others), ``head`` (positions of
-which logits are computed), ``pair`` and ``sliding_pair``.
 
 What no rule knows is named in ``unknown`` and never guessed: a part with such an entry has no
 analytic costs.
@@ -18,153 +12,20 @@ analytic costs.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
-from vlm_latency.costs.shapes import RequestShape
+from vlm_latency.costs.units import CROSS_ATTENTION, POOL_WINDOW, Census, Tally, Windows
+from vlm_latency.errors import UserError
 from vlm_latency.models.experts import expert_sets
-
-# Molmo and Molmo2 pool windows of 2 × 2 patches by attention.
-POOL_WINDOW = 4
 
 # Positions of an image see each other in both directions in these decoders.
 BIDIRECTIONAL_IMAGES = frozenset({"gemma3", "molmo2"})
 
 # Tables that are looked up or added, never multiplied.
 TABLES = ("embed", "position", "token", "newline", "pad_")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Attention of a vision encoder within windows (Qwen2.5-VL); sizes in patches.
-
-    Patches are grouped `merge` × `merge`; a window is `side` groups wide.
-    """
-
-    side: int
-    merge: int
-
-    def pairs(self, height: int, width: int) -> int:
-        """Sum of squared window sizes over a grid of height × width patches.
-
-        >>> Windows(side=2, merge=2).pairs(6, 4)  # groups 3 × 2: windows of 16 and 8 patches
-        320
-        """
-        squares = 1
-        for groups in (height // self.merge, width // self.merge):
-            full, rest = divmod(groups, self.side)
-            squares *= full * self.side**2 + rest**2
-        return squares * self.merge**4
-
-    def number(self, height: int, width: int) -> int:
-        """How many windows a grid of height × width patches has.
-
-        >>> Windows(side=2, merge=2).number(6, 4)
-        2
-        """
-        cell = self.side * self.merge
-        return -(-height // cell) * -(-width // cell)
-
-
-@dataclass
-class Tally:
-    """Work of one component: FLOPs and activation elements per unit, and its weights.
-
-    `elements` are those that matrix products and attention read and write; element-wise
-    operations are left out. `widest` is the largest number of elements that one position holds
-    inside a layer at once.
-    """
-
-    flops: Counter[str] = field(default_factory=Counter)
-    elements: Counter[str] = field(default_factory=Counter)
-    weights: int = 0
-    expert_weights: int = 0
-    vision_expert_weights: int = 0  # of experts that tokens of an image visit alone
-    widest: int = 0
-    unknown: list[str] = field(default_factory=list)
-
-    def linear(self, unit: str, width_in: int, width_out: int, times: int = 1) -> None:
-        """A product with a weight of width_in × width_out, `times` over (experts per token)."""
-        self.flops[unit] += 2 * width_in * width_out * times
-        self.elements[unit] += (width_in + width_out) * times
-        # A layer's input, its output, and what an activation or a gate makes of it.
-        self.widest = max(self.widest, width_in + 3 * width_out)
-
-    def attention(self, unit: str, width: int) -> None:
-        """Scores and weighted values: two products of `width` = heads × head size per pair."""
-        self.flops[unit] += 4 * width
-
-    def not_known(self, path: str, reason: str = "") -> None:
-        """Name a module that no rule fits; equal ones of several blocks once."""
-        name = re.sub(r"\b\d+\b", "*", path) + (f" ({reason})" if reason else "")
-        if name not in self.unknown:
-            self.unknown.append(name)
-
-
-@dataclass(frozen=True)
-class Census:
-    """The work of all components; what `units` needs; what no rule knew."""
-
-    vision: Tally
-    projector: Tally
-    llm: Tally
-    head: Tally
-    class_tokens: int
-    windows: Windows | None
-    merge: Fraction | None  # patches per projected vector; None: one vector per vision token
-    bidirectional_images: bool
-    parameters: int
-    hidden_size: int
-    vocab_rows: int
-    num_experts: int
-    top_k: int
-    kv_widths: tuple[tuple[int, int | None], ...]  # per layer: keys and values; sliding window
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Modules whose work no rule knows."""
-        return tuple(name for names in self.unknown_by_part.values() for name in names)
-
-    @property
-    def unknown_by_part(self) -> dict[str, tuple[str, ...]]:
-        """The same for vision, projector and llm; of those without, nothing."""
-        found = {
-            "vision": self.vision.unknown,
-            "projector": self.projector.unknown,
-            "llm": [*self.llm.unknown, *self.head.unknown],
-        }
-        return {part: tuple(names) for part, names in found.items() if names}
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Keys that a sliding layer sees; the same in all of them."""
-        return next((window for _, window in self.kv_widths if window), None)
-
-
-# Of the null model, which has no modules.
-NO_WORK = Census(
-    vision=Tally(),
-    projector=Tally(),
-    llm=Tally(),
-    head=Tally(),
-    class_tokens=0,
-    windows=None,
-    merge=None,
-    bidirectional_images=False,
-    parameters=0,
-    hidden_size=0,
-    vocab_rows=0,
-    num_experts=0,
-    top_k=0,
-    kv_widths=(),
-)
 
 
 def take_census(model: Any, components: Any, model_type: str) -> Census:
@@ -178,7 +39,24 @@ def take_census(model: Any, components: Any, model_type: str) -> Census:
         Which module is the vision encoder, the projector, the language model and the head.
     model_type : str
         transformers' name of the architecture.
+
+    Raises
+    ------
+    UserError
+        For a model that lacks what all models have: a head with a weight, input embeddings.
     """
+    try:
+        return _census(model, components, model_type)
+    except UserError:
+        raise
+    except Exception as error:  # an architecture may lack anything that all others have
+        raise UserError(
+            f"the costs of model_type {model_type!r} are not known: its modules are not of the form "
+            f"that is understood ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _census(model: Any, components: Any, model_type: str) -> Census:
     modules = components.resolve(model)
     embedding = model.get_input_embeddings().weight
     roots = (modules.vision_encoder, *modules.projector, modules.language_model, modules.head)
@@ -212,85 +90,6 @@ def take_census(model: Any, components: Any, model_type: str) -> Census:
         top_k=top_k,
         kv_widths=kv_widths,
     )
-
-
-def units(census: Census, shape: RequestShape, grid_pairs: Any = 0) -> dict[str, dict[str, Any]]:
-    """Count the units of each part of a request, as executed (full-square attention in prefill).
-
-    Parameters
-    ----------
-    census : Census
-    shape : RequestShape
-    grid_pairs
-        Sum of squared window sizes, for encoders with `windows`.
-    """
-    crops = np.asarray(shape.num_crops, dtype=np.int64)
-    patches = np.asarray(shape.num_vision_patches, dtype=np.int64)
-    per_crop = patches // np.maximum(crops, 1) + census.class_tokens
-    merged = np.asarray(shape.num_vision_tokens, dtype=np.int64)
-    if census.merge is not None:
-        merged = patches * census.merge.denominator // census.merge.numerator
-    prompt = np.asarray(shape.num_total_tokens, dtype=np.int64)
-    steps = np.asarray(shape.decode_steps, dtype=np.int64)
-    return {
-        "vision": {
-            "patch": patches,
-            "position": crops * per_crop,
-            "pair": crops * per_crop**2,
-            "window_pair": grid_pairs,
-        },
-        "projector": {
-            "merged": merged,
-            "pooled": merged * POOL_WINDOW,
-            "pooled_pair": merged * POOL_WINDOW,
-        },
-        "llm_prefill": {
-            "token": prompt,
-            "vision_token": np.asarray(shape.num_vision_tokens, dtype=np.int64),
-            "head": np.ones_like(prompt),
-            "pair": prompt**2,
-            "sliding_pair": prompt**2,
-        },
-        "llm_decode": {
-            "token": steps,
-            "vision_token": np.zeros_like(steps),
-            "head": steps,
-            "pair": cache_sum(prompt, steps),
-            "sliding_pair": cache_sum(prompt, steps, census.sliding_window),
-        },
-    }
-
-
-def causal_pairs(census: Census, shape: RequestShape) -> dict[str, Any]:
-    """Query × key pairs of prefill that the causal mask leaves.
-
-    Where images see themselves in both directions, the pairs above the diagonal within the image
-    are added (taken as one block).
-    """
-    prompt = np.asarray(shape.num_total_tokens, dtype=np.int64)
-    image = np.asarray(shape.num_vision_tokens, dtype=np.int64)
-    window = census.sliding_window
-    upper = image * (image - 1) // 2 if census.bidirectional_images else 0
-    zero = np.zeros_like(prompt)
-    return {
-        "pair": cache_sum(zero, prompt) + upper,
-        "sliding_pair": cache_sum(zero, prompt, window) + upper,
-    }
-
-
-def cache_sum(start: Any, steps: Any, window: int | None = None) -> Any:
-    """Sum the keys seen by `steps` queries, the first of which sees start + 1, in closed form.
-
-    Σ_{t=1…steps} min(start + t, window)
-
-    >>> int(cache_sum(10, 3)), int(cache_sum(10, 3, window=12))  # 11+12+13, 11+12+12
-    (36, 35)
-    """
-    start, steps = np.asarray(start, dtype=np.int64), np.asarray(steps, dtype=np.int64)
-    if window is None:
-        return steps * start + steps * (steps + 1) // 2
-    growing = np.clip(window - start, 0, steps)
-    return growing * start + growing * (growing + 1) // 2 + (steps - growing) * window
 
 
 class Part:
@@ -396,7 +195,7 @@ def _decoder(part: Part) -> tuple[Tally, tuple[tuple[int, int | None], ...], int
             visitors = units_of.get(id(module), "all")
             if _is_attention(module):
                 if "Cross" in kind:
-                    tally.not_known(path, "attention to the image from within the decoder")
+                    tally.not_known(path, CROSS_ATTENTION)
                 width, kv_width = _attention_widths(module)
                 window = getattr(module, "sliding_window", None)
                 kv_widths.append((kv_width, window))

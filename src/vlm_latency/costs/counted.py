@@ -12,22 +12,15 @@ code looks at; `grouped_mm` has no formula; ``generate()`` does not run. So
 - components are run one by one: the vision part as ``get_image_features``, the decoder and the
   head on embeddings with a cache of the length in question.
 
-Lengths are many, so prefill is counted at four: three determine the quadratic, which the fourth
-must confirm, and likewise a decode step at three cache lengths on either side of a sliding
-window. Images are counted one by one up to `COUNTED_IMAGES` distinct ones; beyond, those that are
-linearly independent in crops, patches, pairs and windows are, and some more that must confirm. All
-in whole numbers; what does not confirm is an error.
+Equal blocks are counted once (`EqualBlocks`); few lengths and images of many (`curves`).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -40,9 +33,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlm_latency.costs.blocks import Count, EqualBlocks, copied_layer
-
-COUNTED_IMAGES = 48
-CONFIRMED_IMAGES = 8
 
 # Tokens of the prompt that shows what a cache looks like.
 SHORT = 2
@@ -268,83 +258,6 @@ class Counter:
                 stack.enter_context(self._blocks.running(read, add))
             yield read
 
-    def prefill_flops(self, lengths: Iterable[int]) -> dict[int, int]:
-        """FLOPs of prefill at each prompt length."""
-        lengths = sorted(set(lengths))
-        curve = _polynomial(lambda n: self.prefill(n).flops, 2, lengths)
-        return {tokens: curve(tokens) for tokens in lengths}
-
-    def decode_flops(self, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-        """FLOPs of all decode forwards, for each (prompt length, number of decode forwards)."""
-        pairs = sorted(set(pairs))
-        written = [(prompt, steps) for prompt, steps in pairs if steps]
-        # Keys seen by a step, itself included; a sliding layer's line breaks at its window.
-        first = min((prompt + 1 for prompt, _ in written), default=1)
-        last = max((prompt + steps for prompt, steps in written), default=0)
-        turn = min(max(self.window or last, first - 1), last)
-        seen = [range(first, turn + 1), range(turn + 1, last + 1)]
-        curves = [_polynomial(lambda keys: self.step(keys - 1).flops, 1, wanted) for wanted in seen]
-        sums = {}
-        for prompt, steps in pairs:
-            flops = 0
-            for keys, curve in zip(seen, curves, strict=True):
-                low = max(prompt + 1, keys.start)
-                high = min(prompt + steps, keys.stop - 1)
-                if low <= high:
-                    # The sum of a line is its middle times the number of points.
-                    flops += (curve(low) + curve(high)) * (high - low + 1) // 2
-            sums[prompt, steps] = flops
-        return sums
-
-
-def count_images(
-    traits: Mapping[Any, Sequence[int]], count: Callable[[Any], Sequence[int]]
-) -> dict[Any, tuple[int, ...]]:
-    """Counts of many images, which are linear in their traits; see the module's docstring.
-
-    Parameters
-    ----------
-    traits : mapping
-        By image: whole numbers, a constant 1 among them, that its counts are linear in.
-    count : callable
-        Gives the counts of one image.
-
-    Examples
-    --------
-    >>> counted = []
-    >>> def count(image):
-    ...     counted.append(image)
-    ...     return (3 * image + 5,)
-    >>> found = count_images({image: (1, image) for image in range(100)}, count)
-    >>> found[71], len(counted) < 15
-    ((218,), True)
-    """
-    if len(traits) <= COUNTED_IMAGES:
-        return {image: tuple(count(image)) for image in traits}
-    basis: list[tuple[int, list[Fraction]]] = []  # traits then counts, each with its pivot
-    found: dict[Any, tuple[int, ...]] = {}
-    confirm = set(list(traits)[:: max(1, len(traits) // CONFIRMED_IMAGES)])
-    for image, numbers in traits.items():
-        rest = [Fraction(number) for number in numbers]
-        known: list[Fraction] = []
-        for pivot, row in basis:
-            factor = rest[pivot]
-            rest = [a - factor * b for a, b in zip(rest, row[: len(rest)], strict=True)]
-            shares = [factor * b for b in row[len(rest) :]]
-            known = [a + b for a, b in zip(known, shares, strict=True)] if known else shares
-        pivot = next((i for i, left in enumerate(rest) if left), -1)
-        if pivot >= 0 or image in confirm:
-            found[image] = tuple(count(image))
-        else:
-            found[image] = tuple(int(value) for value in known)
-        if pivot >= 0:
-            so_far = known or repeat(Fraction(0))
-            own = [Fraction(a) - b for a, b in zip(found[image], so_far, strict=False)]
-            basis.append((pivot, [value / rest[pivot] for value in [*rest, *own]]))
-        elif image in confirm and list(found[image]) != known:
-            raise AssertionError(f"counts of an image are not linear in {tuple(numbers)}")
-    return found
-
 
 def _as_positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Masks that have values as the positions they select: a mask without them has no count."""
@@ -355,33 +268,6 @@ def _as_positions(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor |
         else:
             positions.append(index)
     return positions
-
-
-def _polynomial(
-    count: Callable[[int], int], degree: int, wanted: Sequence[int]
-) -> Callable[[int], int]:
-    """The polynomial through the counts at the first lengths, confirmed at the last one wanted.
-
-    Newton's forward differences keep it in whole numbers. Few wanted are counted one by one.
-    """
-    if len(wanted) <= degree + 1:
-        return {n: count(n) for n in wanted}.__getitem__
-    start, last = wanted[0], wanted[-1]
-    values = [count(start + i) for i in range(degree + 1)]
-    differences = []
-    while values:
-        differences.append(values[0])
-        values = [after - before for before, after in pairwise(values)]
-
-    def curve(n: int) -> int:
-        return sum(math.comb(n - start, i) * value for i, value in enumerate(differences))
-
-    if curve(last) != count(last):
-        raise AssertionError(
-            f"counted FLOPs are no polynomial of degree {degree} in the length: {count(last)} at "
-            f"{last}, expected {curve(last)}"
-        )
-    return curve
 
 
 @contextmanager

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlm_latency.costs.analytic import analytic
 from vlm_latency.costs.bytes_moved import bytes_moved, kv_cache_bytes, peak_memory_bytes
-from vlm_latency.costs.census import NO_WORK, Census, take_census
+from vlm_latency.costs.census import take_census
+from vlm_latency.costs.curves import count_images, decode_flops, prefill_flops
+from vlm_latency.costs.memory import Memory
 from vlm_latency.costs.parameter_rule import parameter_rule
 from vlm_latency.costs.shapes import PARTS, RequestShape
+from vlm_latency.costs.units import CROSS_ATTENTION, NO_WORK, Census
 
 if TYPE_CHECKING:
     from vlm_latency.costs.counted import Counter
+
+logger = logging.getLogger(__name__)
 
 # Of a prompt made only for its image; long enough for any chat template.
 TEXT_TOKENS = 256
@@ -36,8 +45,8 @@ class CostModel:
 
     def __init__(self, architecture: Any) -> None:
         self.architecture = architecture
+        self.memory = Memory.of(architecture)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
-        self._images: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @property
     def does_nothing(self) -> bool:
@@ -49,11 +58,23 @@ class CostModel:
         """The work of the model's modules."""
         if self.does_nothing:
             return NO_WORK
-        return take_census(
-            self.architecture.meta_model(),
-            self.architecture.components,
-            self.architecture.model_type,
-        )
+        known = self.memory["census"]
+        if not known:
+            known |= take_census(
+                self.architecture.meta_model(),
+                self.architecture.components,
+                self.architecture.model_type,
+            ).to_json()
+            self.memory.save()
+        return Census.from_json(known)
+
+    @cached_property
+    def parameters(self) -> Any:
+        """Parameters of each component; see `vlm_latency.models.components.Parameters`."""
+        known = self.memory["parameters"]
+        if not known:
+            known |= vars(self.architecture.parameters)
+        return SimpleNamespace(**known)
 
     @cached_property
     def counter(self) -> Counter:
@@ -66,6 +87,18 @@ class CostModel:
             self.census.sliding_window,
         )
 
+    @property
+    def unknown(self) -> dict[str, str]:
+        """By part of a request: why its analytic costs are not known. Empty for most models."""
+        found = {}
+        for part in PARTS:
+            names = self.census.unknown_by_part.get(part.split("_")[0], ())
+            if names:
+                found[part] = f"no rule for {', '.join(names)}"
+        if self.census.has_cross_attention:
+            found = dict.fromkeys(PARTS, f"the decoder {CROSS_ATTENTION}")
+        return found
+
     def flops(self, shape: RequestShape, estimator: str = "analytic") -> dict[str, Any]:
         """FLOPs of each part and ``total``.
 
@@ -74,28 +107,47 @@ class CostModel:
         shape : RequestShape
             One request, or arrays of many.
         estimator : str
-            "analytic", "analytic_causal", "counted" or "rule" (also "parameter_rule").
+            "analytic", "analytic_causal", "counted" or "rule" (also "parameter_rule"). A part that
+            is not known (`unknown`) is NaN in the analytic ones.
         """
         if self.does_nothing:
             return _nothing(shape)
         if estimator == "counted":
             return self._counted(shape)
         if estimator in ("rule", "parameter_rule"):
-            return parameter_rule(self.architecture.parameters, shape)
+            return parameter_rule(self.parameters, shape)
         causal = estimator == "analytic_causal"
-        return analytic(self.census, shape, causal=causal, grid_pairs=self._grid_pairs(shape))
+        found = analytic(self.census, shape, causal=causal, grid_pairs=self._grid_pairs(shape))
+        return without(found, self.unknown)
 
     def bytes_moved(self, shape: RequestShape, dtype: str) -> dict[str, Any]:
         """Bytes of each part and ``total``; see `bytes_moved`."""
-        return bytes_moved(self.census, shape, dtype)
+        return without(bytes_moved(self.census, shape, dtype), self.unknown)
 
     def kv_cache_bytes(self, shape: RequestShape, dtype: str) -> Any:
         """Bytes of the cache at the end; see `kv_cache_bytes`."""
-        return kv_cache_bytes(self.census, shape, dtype)
+        return kv_cache_bytes(self.census, shape, dtype) if self.knows_cache else np.nan
 
     def peak_memory_bytes(self, shape: RequestShape, dtype: str) -> Any:
         """Bytes at the peak; see `peak_memory_bytes`."""
-        return peak_memory_bytes(self.census, shape, dtype)
+        known = self.knows_cache and not self.unknown
+        return peak_memory_bytes(self.census, shape, dtype) if known else np.nan
+
+    @cached_property
+    def knows_cache(self) -> bool:
+        """Whether what the modules keep per token is what a cache on the meta device holds."""
+        if "llm_prefill" in self.unknown or self.does_nothing:
+            return self.does_nothing
+        checks = self.memory["checks"]
+        if "cache" not in checks:
+            expected = sum(width for width, _ in self.census.kv_widths)
+            try:
+                checks["cache"] = [expected, sum(self.counter.cached_elements())]
+            except Exception as error:  # whatever a model's code raises without values
+                logger.debug("the decoder does not run on shapes: %s", error)
+                checks["cache"] = [expected, expected]
+        expected, seen = checks["cache"]
+        return bool(expected == seen)
 
     def launches(self, shape: RequestShape) -> dict[str, Any]:
         """Operations that each part launches, and ``total``: every eager operation but views.
@@ -105,7 +157,7 @@ class CostModel:
         """
         if self.does_nothing:
             return _nothing(shape)
-        prefill, step = self.counter.prefill(2).launches, self.counter.step(2).launches
+        prefill, step = (self._forward(name, 2)[1] for name in ("prefill", "step"))
         vision, projector = self._per_image(shape, "launches")
         launches = {
             "vision": vision,
@@ -113,21 +165,79 @@ class CostModel:
             "llm_prefill": np.full_like(np.asarray(shape.num_total_tokens), prefill),
             "llm_decode": shape.decode_steps * step,
         }
+        self.memory.save()
+        if self.census.has_cross_attention:
+            return without({**launches, "total": 0}, PARTS)
         return {**launches, "total": sum(launches.values())}
+
+    def does_not_add_up(self, shape: RequestShape) -> str | None:
+        """Why the parts are not the whole model, as far as the first request with an image tells.
+
+        One forward of the whole model on shapes must cost what encoder, projector and decoder
+        cost one by one. None where it does, or where the whole does not run on shapes.
+        """
+        image = next((one for one in shape if one.num_crops), None)
+        if image is None or self.does_nothing:
+            return None
+        checks, key = self.memory["checks"], f"{image.image_width}x{image.image_height}"
+        if key not in checks:
+            checks[key] = self._gap(image)
+            self.memory.save()
+        parts, whole = checks[key]
+        if parts == whole:
+            return None
+        return f"a whole forward costs {whole:,} FLOPs, and its parts {parts:,}"
+
+    def _gap(self, image: RequestShape) -> tuple[int, int]:
+        """FLOPs of all parts up to the first token, and of the whole forward."""
+        inputs = self.architecture.dummy_inputs(image.image_width, image.image_height, TEXT_TOKENS)
+        tokens = inputs["input_ids"].shape[1]
+        vision, projector = self.counter.vision(inputs)
+        prefill = self._forward("prefill", tokens)[0]
+        if "vision_token" in self.census.llm.flops:  # by pieces only text can be run
+            one = replace(image, num_total_tokens=tokens, num_output_tokens=1)
+            prefill = int(self.flops(one)["llm_prefill"])
+        try:
+            whole = self.counter.whole(inputs).flops
+        except Exception as error:  # whatever a model's code raises without values
+            logger.debug("the whole model does not run on shapes: %s", error)
+            whole = vision.flops + projector.flops + prefill
+        return vision.flops + projector.flops + prefill, whole
+
+    def _forward(self, name: str, length: int) -> tuple[int, int]:
+        """FLOPs and launches of a ``prefill`` of so many tokens, or of a ``step`` after them."""
+        known = self.memory[name]
+        if str(length) not in known:
+            count = getattr(self.counter, name)(length)
+            known[str(length)] = [count.flops, count.launches]
+        flops, launches = known[str(length)]
+        return flops, launches
 
     def _counted(self, shape: RequestShape) -> dict[str, Any]:
         vision, projector = self._per_image(shape, "flops")
         prompts = np.asarray(shape.num_total_tokens)
         pairs = np.stack([prompts, np.asarray(shape.decode_steps)], axis=-1)
-        prefill = self.counter.prefill_flops(np.unique(prompts).tolist())
-        wanted = [tuple(pair) for pair in np.unique(pairs.reshape(-1, 2), axis=0).tolist()]
-        decode = self.counter.decode_flops(wanted)
+        prefill = prefill_flops(
+            lambda length: self._forward("prefill", length)[0], np.unique(prompts).tolist()
+        )
+        decode = decode_flops(
+            lambda length: self._forward("step", length)[0],
+            [tuple(pair) for pair in np.unique(pairs.reshape(-1, 2), axis=0).tolist()],
+            self.census.sliding_window,
+        )
+        self.memory.save()
         flops = {
             "vision": vision,
             "projector": projector,
             "llm_prefill": _look_up(prompts[..., None], {(n,): f for n, f in prefill.items()}),
             "llm_decode": _look_up(pairs, decode),
         }
+        if "vision_token" in self.census.llm.flops:  # by pieces only text can be run
+            flops["llm_prefill"] = np.where(
+                np.asarray(shape.num_vision_tokens) > 0, np.nan, flops["llm_prefill"]
+            )
+        if self.census.has_cross_attention:
+            return without({**flops, "total": 0}, PARTS)
         return {**flops, "total": sum(flops.values())}
 
     def _per_image(self, shape: RequestShape, what: str) -> tuple[Any, Any]:
@@ -143,20 +253,21 @@ class CostModel:
         )
         sizes = np.stack(np.broadcast_arrays(shape.image_width, shape.image_height), axis=-1)
         distinct, first = np.unique(keys.reshape(-1, keys.shape[-1]), axis=0, return_index=True)
+        known = self.memory["images"]
         images = {
             tuple(key): size
             for key, size in zip(
                 distinct.tolist(), sizes.reshape(-1, 2)[first].tolist(), strict=True
             )
-            if key[0] and tuple(key) not in self._images
+            if key[0] and _name(key) not in known
         }
-        self._images.update(self._count_images(images))
+        known |= {_name(key): counts for key, counts in self._count_images(images).items()}
         none = (0,) * len(COUNTS)
         return tuple(
             _look_up(
                 keys,
                 {
-                    tuple(key): self._images.get(tuple(key), none)[COUNTS.index((part, what))]
+                    tuple(key): known.get(_name(key), none)[COUNTS.index((part, what))]
                     for key in distinct.tolist()
                 },
             )
@@ -166,8 +277,6 @@ class CostModel:
     def _count_images(
         self, images: dict[tuple[int, ...], list[int]]
     ) -> dict[tuple[int, ...], tuple[int, ...]]:
-        from vlm_latency.costs.counted import count_images
-
         def count(key: tuple[int, ...]) -> list[int]:
             inputs = self.architecture.dummy_inputs(*images[key], TEXT_TOKENS)
             parts = dict(zip(("vision", "projector"), self.counter.vision(inputs), strict=True))
@@ -182,13 +291,16 @@ class CostModel:
         windows = self.census.windows
         if windows is None:
             return ()
-        sizes = np.stack(np.broadcast_arrays(shape.image_width, shape.image_height), axis=-1)
-        grids = {(0, 0): (0, 0)}
-        for width, height in np.unique(sizes.reshape(-1, 2), axis=0).tolist():
-            if width:
-                grids[width, height] = self._grid(width, height)
+        keys = np.stack(
+            np.broadcast_arrays(shape.image_width, shape.image_height, shape.num_vision_patches),
+            axis=-1,
+        )
+        grids = {
+            key: self._grid(*key) if key[0] else (0, 0)
+            for key in map(tuple, np.unique(keys.reshape(-1, 3), axis=0).tolist())
+        }
         return tuple(
-            _look_up(sizes, {size: of(*grid) for size, grid in grids.items()})
+            _look_up(keys, {key: of(*grid) for key, grid in grids.items()})
             for of in (windows.pairs, windows.number)
         )
 
@@ -196,8 +308,22 @@ class CostModel:
         traits = self._grid_traits(shape)
         return traits[0] if traits else 0
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of patches that an image becomes."""
+    def _grid(self, width: int, height: int, patches: int) -> tuple[int, int]:
+        """Rows and columns of patches that an image becomes.
+
+        By the rule of the image processor, where that gives the `patches` that were seen; else by
+        running it.
+        """
+        images = self.architecture.preparer.processor.image_processor
+        resize = getattr(sys.modules[type(images).__module__], "smart_resize", None)
+        if resize is not None:
+            cell = images.patch_size * images.merge_size
+            limits = images.size["shortest_edge"], images.size["longest_edge"]
+            rows, cols = (
+                side // images.patch_size for side in resize(height, width, cell, *limits)
+            )
+            if rows * cols == patches:
+                return rows, cols
         if (width, height) not in self._grids:
             inputs = self.architecture.dummy_inputs(width, height, TEXT_TOKENS)
             _, rows, cols = inputs["image_grid_thw"][0].tolist()
@@ -221,6 +347,20 @@ def differences(analytic: dict[str, Any], counted: dict[str, Any]) -> dict[str, 
         for part, gap in gaps.items()
         if gap.size and gap.any() and not np.isnan(gap).any()
     }
+
+
+def without(costs: dict[str, Any], parts: Iterable[str]) -> dict[str, Any]:
+    """The same with NaN for some parts, and for the total if there are any.
+
+    >>> without({"vision": 3, "projector": 4, "total": 7}, ["vision"])
+    {'vision': nan, 'projector': 4, 'total': nan}
+    """
+    parts = [part for part in parts if part in costs]
+    return {**costs, **dict.fromkeys([*parts, "total"] if parts else [], np.nan)}
+
+
+def _name(key: Iterable[int]) -> str:
+    return ",".join(map(str, key))
 
 
 def _nothing(shape: RequestShape) -> dict[str, Any]:

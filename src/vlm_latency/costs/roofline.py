@@ -34,7 +34,8 @@ def roofline_ms(
     ms : float array
         Milliseconds.
     side : object array
-        Which of "compute", "memory", "launch" is the largest; None for a part that does nothing.
+        Which of "compute", "memory", "launch" is the largest; None for a part that does nothing,
+        or of which a term is not known.
 
     Examples
     --------
@@ -54,7 +55,11 @@ def roofline_ms(
         )
     )
     side = np.array([*SIDES, None], dtype=object)[
-        np.where(np.nan_to_num(terms).max(axis=0) > 0, np.nan_to_num(terms).argmax(axis=0), 3)
+        np.where(
+            (np.nan_to_num(terms).max(axis=0) > 0) & ~np.isnan(terms).any(axis=0),
+            np.nan_to_num(terms).argmax(axis=0),
+            3,
+        )
     ]
     return np.maximum(terms[0], terms[1]) + terms[2], side
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlm_latency.costs.bytes_moved import element_bytes
 from vlm_latency.costs.hardware import Hardware, as_hardware
-from vlm_latency.costs.model import CostModel, differences
+from vlm_latency.costs.model import CostModel, differences, without
 from vlm_latency.costs.roofline import roofline_ms, utilisation
 from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
 from vlm_latency.errors import UserError
@@ -55,7 +56,8 @@ def add_costs(
         ``arithmetic_intensity_*`` (FLOP per byte); ``roofline_ms_*``; ``roofline_bound_*``
         ("compute", "memory" or "launch"; not of the total); ``mfu_*`` and ``mbu_*`` (shares of
         the peak, from the measured times); and ``predicted_kv_cache_bytes``,
-        ``predicted_peak_memory_bytes``.
+        ``predicted_peak_memory_bytes``. What is not known of a model is null, and ``costs_note``
+        says why; null there where all is known and, with `counted`, confirmed.
 
     Raises
     ------
@@ -65,16 +67,18 @@ def add_costs(
     if estimator not in ESTIMATORS:
         raise UserError(f"found flops.estimator {estimator!r}; expected {', '.join(ESTIMATORS)}")
     machine = as_hardware(hardware)
+    element_bytes(dtype)
     costs = CostModel(architecture)
     known = records[[*NEEDED, "num_output_tokens"]].notna().all(axis=1).to_numpy()
-    columns = cost_columns(
-        costs,
-        RequestShape.of_table(records.loc[known]),
-        estimator=estimator,
-        counted=counted or estimator == "counted",
-        hardware=machine,
-        dtype=dtype,
-    )
+    shape = RequestShape.of_table(records.loc[known])
+    counted = counted or estimator == "counted"
+    try:
+        columns = cost_columns(
+            costs, shape, estimator=estimator, counted=counted, hardware=machine, dtype=dtype
+        )
+    except UserError as error:
+        logger.warning("%s", error)
+        columns = _no_columns(str(error), counted, machine)
     added = pd.DataFrame(columns, index=records.index[known]).reindex(records.index)
     for name in added:
         if str(name).startswith(("flops_", "bytes_", "launches_", "predicted_")):
@@ -101,14 +105,16 @@ def cost_columns(
     dtype: str,
 ) -> dict[str, Any]:
     """Everything that follows from shapes alone, by column name; arrays as long as `shape`'s."""
-    flops = {name: costs.flops(shape, name) for name in ("rule", "analytic", "analytic_causal")}
-    if counted:
-        flops["counted"] = _where_it_runs("FLOPs", lambda: costs.flops(shape, "counted"))
-        for part, gap in differences(flops["analytic"], flops["counted"]).items():
-            logger.warning("%s: counted FLOPs differ from analytic ones by up to %d", part, gap)
-    launches = _where_it_runs("launches", lambda: costs.launches(shape))
+    flops, unknown, notes = _all_flops(costs, shape, counted)
+    launches = _where_it_runs("launches", lambda: costs.launches(shape), notes)
     chosen = flops[ESTIMATORS[estimator]]
-    moved = costs.bytes_moved(shape, dtype)
+    if estimator == "analytic" and counted and unknown:
+        chosen = {part: flops["counted" if part in unknown else "analytic"][part] for part in PARTS}
+        chosen["total"] = sum(chosen.values())
+        for part in unknown:
+            if np.isfinite(np.asarray(chosen[part], dtype=float)).all():
+                unknown[part] += f" (flops_{part} is the counted number)"
+    moved = without(costs.bytes_moved(shape, dtype), unknown)
     columns: dict[str, Any] = {}
     for part in (*PARTS, "total"):
         columns[f"flops_{part}"] = chosen[part]
@@ -132,13 +138,54 @@ def cost_columns(
         columns["roofline_ms_total"] = sum(bounds)
     columns["predicted_kv_cache_bytes"] = costs.kv_cache_bytes(shape, dtype)
     columns["predicted_peak_memory_bytes"] = costs.peak_memory_bytes(shape, dtype)
+    notes += [f"{part}: {reason}" for part, reason in unknown.items()]
+    columns["costs_note"] = "; ".join(dict.fromkeys(notes)) or None
     return columns
 
 
-def _where_it_runs(what: str, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is counted by running on shapes; NaN, and a warning, for a model that does not run so."""
+def _all_flops(
+    costs: CostModel, shape: RequestShape, counted: bool
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """FLOPs by estimator; by part, why its analytic ones are not known; what is not verified."""
+    flops = {name: costs.flops(shape, name) for name in ("rule", "analytic", "analytic_causal")}
+    unknown, notes = dict(costs.unknown), list[str]()
+    if counted:
+        flops["counted"] = _where_it_runs("FLOPs", lambda: costs.flops(shape, "counted"), notes)
+        for part, gap in differences(flops["analytic"], flops["counted"]).items():
+            logger.warning("%s: counted FLOPs differ from analytic ones by up to %d", part, gap)
+            unknown[part] = f"counted FLOPs differ from analytic ones by up to {gap:,}"
+        if not notes and (gap_of_whole := costs.does_not_add_up(shape)):
+            logger.warning("%s", gap_of_whole)
+            unknown |= dict.fromkeys(PARTS, gap_of_whole)
+            flops["counted"] = without(flops["counted"], PARTS)
+    for name in ("analytic", "analytic_causal"):
+        flops[name] = without(flops[name], unknown)
+    return flops, unknown, notes
+
+
+def _no_columns(reason: str, counted: bool, hardware: Hardware | None) -> dict[str, Any]:
+    """The same columns, empty, of a model whose costs are not known at all."""
+    names = ["predicted_kv_cache_bytes", "predicted_peak_memory_bytes"]
+    kinds = ["", "_rule", "_analytic", "_analytic_causal", *(["_counted"] if counted else [])]
+    for part in (*PARTS, "total"):
+        names += [f"flops_{part}{kind}" for kind in kinds]
+        names += [f"{what}_{part}" for what in ("bytes", "launches", "arithmetic_intensity")]
+        if hardware is not None:
+            names.append(f"roofline_ms_{part}")
+    columns: dict[str, Any] = dict.fromkeys(names, np.nan)
+    if hardware is not None:
+        columns |= {f"roofline_bound_{part}": None for part in PARTS}
+    return {**columns, "costs_note": reason}
+
+
+def _where_it_runs(
+    what: str, count: Callable[[], dict[str, Any]], notes: list[str]
+) -> dict[str, Any]:
+    """What is counted by running on shapes; NaN, and a note, for a model that does not run so."""
     try:
         return count()
     except Exception as error:  # whatever an unknown model's code raises on the meta device
         logger.warning("%s cannot be counted on the meta device: %s", what, error)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        notes.append(f"not verified: {what} cannot be counted on the meta device: {reason}")
         return dict.fromkeys((*PARTS, "total"), np.nan)

@@ -49,6 +49,9 @@ class Architecture:
         By component.
     trust_remote_code : bool
         Whether code of the checkpoint's own may be run.
+    own_modules : bool
+        Whether the modules may be others than the configuration says: a user's object, or code of
+        the checkpoint's own.
     """
 
     simulated = False
@@ -63,15 +66,17 @@ class Architecture:
         hub_id: str | None = None,
         component_overrides: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        own_modules: bool = False,
     ) -> None:
         self.name = name
+        self.own_modules = own_modules or trust_remote_code
         self.trust_remote_code = trust_remote_code
         self.hub_id = hub_id
         self.transformers_config = config
         self.model_type: str = config.model_type
         self._build = build
         self._make_preparer = make_preparer
-        self._overrides = component_overrides
+        self.component_overrides = component_overrides
         self._meta: dict[str, PreTrainedModel] = {}
 
     def __repr__(self) -> str:
@@ -148,7 +153,7 @@ class Architecture:
         ModelError
             If the parts cannot be told apart.
         """
-        return find_components(self.meta_model(), self._overrides)
+        return find_components(self.meta_model(), self.component_overrides)
 
     @cached_property
     def parameters(self) -> Parameters:

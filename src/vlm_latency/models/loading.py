@@ -97,6 +97,7 @@ class VLM:
             lambda attn: _shape_of(model, attn),
             lambda: wrap_processor(processor, model.config, family, prompt_builder),
             component_overrides=family.components,
+            own_modules=True,
         )
         options = ModelOptions(
             name=architecture.name,
