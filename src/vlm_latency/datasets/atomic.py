@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from kedro.io import AbstractDataset
+from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets._typing import JSONPreview, TablePreview
+from kedro_datasets.json import JSONDataset
+from kedro_datasets.pandas import ParquetDataset
 
 from vlm_latency.errors import DataError
 from vlm_latency.results import read_json, result_path
@@ -41,11 +43,14 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, DatasetError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetError) else error
+        if not isinstance(cause, OSError):
+            raise
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another "
+            f"cannot write {path}: {cause.strerror or cause}; free some space or choose another "
             "output_dir"
-        ) from error
+        ) from cause
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -59,7 +64,7 @@ def _umask() -> int:
 
 
 class FileDataset(AbstractDataset):
-    """One place on disk, a file or a folder; what it holds is its children's matter."""
+    """One place on disk, a file or a folder; subclasses say how it is read and written."""
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
         self._path = Path(filepath)
@@ -73,7 +78,7 @@ class FileDataset(AbstractDataset):
         return {"filepath": str(self._path)}
 
 
-class AtomicJSON(FileDataset):
+class AtomicJSON(JSONDataset):
     """JSON without NaN, written whole or not at all.
 
     Parameters
@@ -85,12 +90,15 @@ class AtomicJSON(FileDataset):
     """
 
     def load(self) -> Any:
-        return read_json(self._path)
+        return read_json(Path(self._filepath))
 
     def save(self, data: Any) -> None:
-        with replacing(self._path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            json.dump(plain(data), file, allow_nan=False, ensure_ascii=False, indent=1)
-            file.write("\n")
+        with replacing(Path(self._filepath)) as temporary:
+            JSONDataset(
+                filepath=temporary.as_posix(),
+                save_args={"allow_nan": False, "ensure_ascii": False, "indent": 1},
+                fs_args={"open_args_save": {"encoding": "utf-8"}},
+            ).save(plain(data))
 
     def preview(self) -> JSONPreview:
         """Show the result in Kedro-Viz, all but its entries."""
@@ -117,7 +125,7 @@ class ResultFile(AtomicJSON):
         super().__init__(filepath=str(result_path(root, study)), metadata=metadata)
 
 
-class AtomicParquet(FileDataset):
+class AtomicParquet(ParquetDataset):
     """A table in a parquet file, written whole or not at all.
 
     Parameters
@@ -128,12 +136,10 @@ class AtomicParquet(FileDataset):
         Passed through to Kedro plugins.
     """
 
-    def load(self) -> pd.DataFrame:
-        return pd.read_parquet(self._path)
-
     def save(self, data: pd.DataFrame) -> None:
-        with replacing(self._path) as temporary:
-            data.to_parquet(temporary, index=False)
+        with replacing(Path(self._filepath)) as temporary:
+            whole = ParquetDataset(filepath=temporary.as_posix(), save_args={"index": False})
+            whole.save(data)
 
     def preview(self, nrows: int = 20) -> TablePreview:
         """Show the first rows in Kedro-Viz."""

@@ -36,9 +36,12 @@ class FigureFile(FileDataset):
         return self._path.read_bytes()
 
     def save(self, data: Figure) -> None:
+        from kedro_datasets.matplotlib import MatplotlibDataset
+
         for path in (self._path, self._path.with_suffix(".pdf")):
+            how = {"dpi": self._dpi, "format": path.suffix.removeprefix(".")}
             with replacing(path) as temporary:
-                data.savefig(temporary, dpi=self._dpi)
+                MatplotlibDataset(filepath=temporary.as_posix(), save_args=how).save(data)
 
     def preview(self) -> ImagePreview:
         """Show the figure in Kedro-Viz."""

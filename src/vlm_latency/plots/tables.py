@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -49,21 +48,14 @@ def to_latex(table: pd.DataFrame) -> str:
     \bottomrule
     \end{tabular}
     """
-    numeric = [pd.api.types.is_numeric_dtype(table[name]) for name in table]
-    lines = [
-        rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric)}}}",
-        r"\toprule",
-        _row(table.columns),
-        r"\midrule",
-        *(_row(row) for row in table.itertuples(index=False)),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(lines)
-
-
-def _row(cells: Iterable[Any]) -> str:
-    return " & ".join(_cell(cell) for cell in cells) + r" \\"
+    kinds = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table]
+    return (
+        table.astype(object)
+        .map(_cell)
+        .rename(columns=_cell)
+        .to_latex(index=False, escape=False, column_format="".join(kinds))
+        .rstrip("\n")
+    )
 
 
 def _cell(value: Any) -> str:
