@@ -226,27 +226,30 @@ def _own_group(row: Experiment) -> tuple[type[Group], Group]:
     return own, own()
 
 
-# Parameters that the protocol settles, and those of the table's experiments: types made at run time.
-_SHARED: dict[str, type[Group]] = {
-    "measurement": MeasurementOptions,
-    "flops": FlopsOptions,
-    "figures": FigureOptions,
-}
-_fields: dict[str, Any] = {
-    **{name: (asked(group), asked(group)()) for name, group in _SHARED.items()},
-    **{name: _own_group(row) for name, row in EXPERIMENTS.items()},
-}
-_Tree: Any = create_model("_Tree", __base__=Group, **_fields)
-
-
-class Options(_Tree):
-    """The whole parameter tree."""
-
+class _Shared(Group):
     output_dir: str = "data/08_reporting/motivation"
     protocol: Literal["exact", "seed"] = "exact"
     model: ModelOptions = ModelOptions()
     dataset: DatasetOptions = DatasetOptions()
     prompt: PromptOptions = PromptOptions()
+
+
+# Parameters that the protocol settles, and those of the table's experiments: types made at run time.
+_BY_PROTOCOL: dict[str, type[Group]] = {
+    "measurement": MeasurementOptions,
+    "flops": FlopsOptions,
+    "figures": FigureOptions,
+}
+_fields: dict[str, Any] = {
+    **{name: (asked(group), asked(group)()) for name, group in _BY_PROTOCOL.items()},
+    **{name: _own_group(row) for name, row in EXPERIMENTS.items()},
+}
+_Tree: Any = create_model("_Tree", __base__=_Shared, **_fields)
+
+
+class Options(_Tree):
+    """The whole parameter tree."""
+
     calibration: CalibrationOptions = CalibrationOptions()
     predict: PredictOptions = PredictOptions()
     compare: CompareOptions = CompareOptions()
