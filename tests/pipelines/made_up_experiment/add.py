@@ -50,35 +50,42 @@ from kedro.framework.project import pipelines  # noqa: E402
 from kedro.framework.session import KedroSession  # noqa: E402
 from kedro.framework.startup import bootstrap_project  # noqa: E402
 
-project, output_dir = map(Path, sys.argv[1:])
-bootstrap_project(project)
-said: list[str] = []
-logging.getLogger("vlm_latency").addFilter(lambda record: said.append(record.getMessage()) or True)
-hooks = logging.getLogger("vlm_latency.hooks")
-hooks.addFilter(lambda record: said.append(record.getMessage()) or True)
-given = {
-    "output_dir": str(output_dir),
-    "model": {"name": "null-model"},
-    "exp9": {"sampling": {"side": 48}, "measurement": {"num_runs": 3}},
-}
-with KedroSession.create(project_path=project, env="smoke", runtime_params=given) as session:
-    session.run(pipeline_names=["exp9"])
-    catalog = session.load_context().catalog
-    layers = {
-        name: catalog.get(f"exp9.{name}").metadata["kedro-viz"]["layer"]
-        for name in ("requests", "records", "result")
-    }
-    preview = json.loads(catalog.get("exp9.result").preview())
-print(
-    json.dumps(
-        {
-            "pipelines": sorted(pipelines),
-            "in all": any(node.namespace == "exp9" for node in pipelines["all"].nodes),
-            "said": said,
-            "layers": layers,
-            "preview": preview["statistics"],
-            "page": (output_dir / "report" / "index.html").read_text(),
-            "stages": sorted({str(node.namespace) for node in pipelines["exp9"].nodes}),
-        }
+
+def main(project: Path, output_dir: Path) -> None:
+    bootstrap_project(project)
+    said: list[str] = []
+    logging.getLogger("vlm_latency").addFilter(
+        lambda record: said.append(record.getMessage()) or True
     )
-)
+    hooks = logging.getLogger("vlm_latency.hooks")
+    hooks.addFilter(lambda record: said.append(record.getMessage()) or True)
+    given = {
+        "output_dir": str(output_dir),
+        "model": {"name": "null-model"},
+        "exp9": {"sampling": {"side": 48}, "measurement": {"num_runs": 3}},
+    }
+    with KedroSession.create(project_path=project, env="smoke", runtime_params=given) as session:
+        session.run(pipeline_names=["exp9"])
+        catalog = session.load_context().catalog
+        layers = {
+            name: catalog.get(f"exp9.{name}").metadata["kedro-viz"]["layer"]
+            for name in ("requests", "records", "result")
+        }
+        preview = json.loads(catalog.get("exp9.result").preview())
+    print(
+        json.dumps(
+            {
+                "pipelines": sorted(pipelines),
+                "in all": any(node.namespace == "exp9" for node in pipelines["all"].nodes),
+                "said": said,
+                "layers": layers,
+                "preview": preview["statistics"],
+                "page": (output_dir / "report" / "index.html").read_text(),
+                "stages": sorted({str(node.namespace) for node in pipelines["exp9"].nodes}),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
