@@ -57,7 +57,8 @@ def test_the_median_of_iso_pairs_has_an_interval_over_points() -> None:
     assert 1 < found.low < found.value < found.high < 3
     # 780 pairs of 40 points are not 780 observations
     assert found.high - found.low > 0.1
-    assert iso_pairs([1, 1], [1, 2]).median_ratio.low is None
+    assert "20 pairs that share no point" in found.method
+    assert iso_pairs(np.ones(11), y[:11]).median_ratio.low is None
     assert iso_pairs([1, 2], [1, 2]).median_ratio.value is None
 
 
@@ -71,16 +72,12 @@ def test_correlations_agree_with_scipy() -> None:
     x = rng.normal(size=50)
     y = x + rng.normal(size=50)
     found = correlations(x, y)
-    pearson = scipy.stats.pearsonr(x, y)
-    interval = pearson.confidence_interval()
-    assert (found.pearson.value, found.pearson.low, found.pearson.high) == pytest.approx(
-        (pearson.statistic, interval.low, interval.high)
-    )
+    assert found.pearson.value == pytest.approx(scipy.stats.pearsonr(x, y).statistic)
+    assert found.pearson.low is None and "chosen" in found.pearson.note
     assert found.spearman.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     assert found.r_squared == pytest.approx(scipy.stats.linregress(x, y).rvalue ** 2)
 
 
 def test_constant_and_short_columns() -> None:
     assert correlations([1, 2, 3, 4], [5, 5, 5, 5]).pearson.value is None
-    assert correlations([1, 2, 3], [1, 2, 4]).pearson.low is None
-    assert correlations([1, 2, 3, 4], [2, 4, 6, 8]).pearson.low == pytest.approx(1)
+    assert correlations([1, 2, 3, 4], [2, 4, 6, 8]).pearson.value == pytest.approx(1)

@@ -26,6 +26,20 @@ def test_false_alarms_on_a_line(replicates: int) -> None:
     assert 0.02 <= alarms.count("not a line") / 300 <= 0.09
 
 
+def test_what_a_request_does_to_all_its_runs_is_no_bend() -> None:
+    rng = np.random.default_rng(1)
+    request = np.repeat(np.arange(15), 5)
+    x = np.linspace(288, 1344, 15)[request]
+    found = []
+    for _ in range(200):
+        effect = rng.normal(0, 0.02, 15)[request] + rng.normal(0, 0.02, 75)
+        y = (10 + 0.14 * x) * np.exp(effect)
+        found.append(linearity_test(x, y, request, permutations=199).verdict)
+    assert found.count("not a line") <= 20
+    bent = (10 + 1e-4 * x**2) * np.exp(rng.normal(0, 0.01, 15)[request])
+    assert linearity_test(x, bent, request).verdict == "not a line"
+
+
 @pytest.mark.parametrize("replicates", [1, 3])
 def test_a_bend_is_seen(replicates: int) -> None:
     x = np.repeat(np.arange(1.0, 21), replicates)

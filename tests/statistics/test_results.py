@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_latency.errors import UserError
-from vlm_latency.statistics import Estimate, bootstrap_mean, linear_fit, plain, summary
+from vlm_latency.statistics import Estimate, linear_fit, mean_estimate, plain, summary
 from vlm_latency.statistics.results import as_codes, as_values
 
 FINITE = st.floats(-1e6, 1e6)
@@ -66,7 +66,7 @@ def test_values_that_are_no_list_of_numbers_are_refused(bad: list[float]) -> Non
     with pytest.raises(UserError, match="values"):
         as_values("values", bad)
     with pytest.raises(UserError, match="values"):
-        bootstrap_mean(bad)
+        mean_estimate(bad)
 
 
 def test_clusters_must_fit_the_values() -> None:

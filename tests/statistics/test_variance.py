@@ -131,9 +131,7 @@ def test_shares_are_covered_for_strong_and_for_idle_factors() -> None:
             }
         )
         df["T_total"] = 100 + df["num_crops"] + rng.normal(0, np.sqrt(20), 180)
-        shares = variance_budget(
-            df, factors={"tiling": "num_crops", "text": "text"}, resamples=100
-        ).shares
+        shares = variance_budget(df, factors={"tiling": "num_crops", "text": "text"}).shares
         hits += [
             shares["tiling"].low <= 0.5 <= shares["tiling"].high,
             shares["text"].low <= 0 <= shares["text"].high,
@@ -146,3 +144,15 @@ def test_ties_at_the_top_leave_no_tail() -> None:
     budget = variance_budget(df)
     assert budget.tail_content.note == "nothing lies above P95"
     assert budget.verdict == "undecided"
+
+
+def test_a_share_that_is_no_share_is_an_estimate_that_failed() -> None:
+    rng = np.random.default_rng(0)
+    n = 40
+    df = pd.DataFrame({"request_id": [*range(n), 0, 1], "num_crops": 1})
+    df["T_total"] = 100 + rng.normal(0, 1, n)[df["request_id"]]
+    df.loc[[0, 1, n, n + 1], "T_total"] += [20, -20, -20, 20]  # two repeats that differ wildly
+    budget = variance_budget(df, factors={"tiling": "num_crops"})
+    assert budget.shares["unexplained"].value is None
+    assert "the estimate failed: -" in budget.shares["unexplained"].note
+    assert "unexplained unknown" in budget.sentence

@@ -12,7 +12,6 @@ from vlm_latency.statistics.association import (
     iso_pairs,
     rank_inversions,
 )
-from vlm_latency.statistics.bootstrap import bootstrap_mean, bootstrap_ratio
 from vlm_latency.statistics.claims import (
     Claim,
     flops_imperfect_claim,
@@ -48,6 +47,7 @@ from vlm_latency.statistics.linearity import (
     linearity_test,
     staircase,
 )
+from vlm_latency.statistics.means import mean_estimate, ratio_estimate
 from vlm_latency.statistics.outliers import mark_outliers
 from vlm_latency.statistics.prediction import (
     AsGiven,
@@ -91,8 +91,6 @@ __all__ = [
     "TableComparison",
     "VarianceBudget",
     "a_a_false_alarms",
-    "bootstrap_mean",
-    "bootstrap_ratio",
     "compare_paired",
     "compare_tables",
     "correlations",
@@ -107,6 +105,7 @@ __all__ = [
     "llm_bottleneck_claim",
     "marginal_change",
     "mark_outliers",
+    "mean_estimate",
     "multi_linear_fit",
     "needed_n",
     "nnls_relative_fit",
@@ -115,6 +114,7 @@ __all__ = [
     "power_law_fit",
     "prefill_grows_claim",
     "rank_inversions",
+    "ratio_estimate",
     "robust_line",
     "staircase",
     "summary",

@@ -9,6 +9,7 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.errors import DataError
+from vlm_latency.statistics.quantiles import needed_n, percentile
 from vlm_latency.statistics.results import (
     ROUNDING,
     Estimate,
@@ -32,8 +33,9 @@ class Correlations(Result):
 def correlations(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Correlations:
     """Correlate two columns.
 
-    Intervals by Fisher's z; for Spearman with the variance (1 + rho²/2) / (n − 3) of Bonett and
-    Wright (2000). None where a column is constant, without interval below 4 points.
+    Without intervals: the x of a sweep are chosen, not drawn, and Fisher's z, made for normal
+    pairs, holds 67 to 82 % in place of 95 on lognormal ones. For what another sweep would give
+    there are slopes, held-out errors and `rank_inversions`. None where a column is constant.
 
     Raises
     ------
@@ -44,20 +46,20 @@ def correlations(x: ArrayLike, y: ArrayLike, *, level: float = 0.95) -> Correlat
     --------
     >>> found = correlations([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36])
     >>> f"{found.pearson:.3f}", found.spearman.value
-    ('0.979 (0.814 to 0.998)', 1.0)
+    ('0.979 (no interval)', 1.0)
     """
     x, y = as_pairs(("x", "y"), x, y)
+
+    def given(value: float | None, note: str) -> Estimate:
+        return Estimate(value, None, None, level, x.size, "none", note)
+
     if min(_spread(x), _spread(y)) <= ROUNDING:
-        none = Estimate(None, None, None, level, x.size, "none", "a column is constant")
+        none = given(None, "a column is constant")
         return Correlations(none, none, None, x.size)
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
     rho = float(np.clip(scipy.stats.spearmanr(x, y).statistic, -1, 1))
-    return Correlations(
-        _fisher(r, 1.0, x.size, level),
-        _fisher(rho, 1 + rho**2 / 2, x.size, level),
-        r**2,
-        x.size,
-    )
+    note = "no interval: the x of a sweep are chosen, not drawn from normal pairs"
+    return Correlations(given(r, note), given(rho, note), r**2, x.size)
 
 
 def rank_inversions(
@@ -127,8 +129,6 @@ def iso_pairs(
     tolerance: float = 0.02,
     *,
     level: float = 0.95,
-    resamples: int = 300,
-    seed: int = 0,
 ) -> IsoPairs:
     """Find pairs of (nearly) equal `x`, such as FLOPs, and how far apart their `y` are.
 
@@ -144,8 +144,9 @@ def iso_pairs(
     -------
     IsoPairs
         Ratios are of the larger y to the smaller, so at least 1; `max_pair` holds the positions
-        of the most distant pair, the slower one second. The interval of the median is a
-        percentile bootstrap over points: pairs that share one are not independent.
+        of the most distant pair, the slower one second. Pairs that share a point are not
+        independent, so the interval of the median is that of order statistics over pairs that
+        share none, taken along x; it needs six of them.
 
     Raises
     ------
@@ -178,7 +179,7 @@ def iso_pairs(
     pair = (int(order[first[widest]]), int(order[second[widest]]))
     return IsoPairs(
         total,
-        _resampled_median(size, first, second, x.size, level, resamples, seed),
+        _median(size, first, second, x.size, level),
         float(size[widest]),
         pair if ratios[widest] >= 1 else pair[::-1],
         tolerance,
@@ -186,47 +187,30 @@ def iso_pairs(
     )
 
 
-def _resampled_median(
-    values: Floats,
-    first: NDArray[np.intp],
-    second: NDArray[np.intp],
-    n: int,
-    level: float,
-    resamples: int,
-    seed: int,
+def _median(
+    values: Floats, first: NDArray[np.intp], second: NDArray[np.intp], n: int, level: float
 ) -> Estimate:
-    """Median of what pairs of n points have; a pair counts as often as both its points are drawn."""
-    median = float(np.median(values))
-    points = np.unique([first, second]).size
-    if points < 3:
-        note = f"an interval needs pairs of at least 3 points, found {points}"
-        return Estimate(median, None, None, level, n, "none", note)
-    order = np.argsort(values, kind="stable")
-    first, second, values = first[order], second[order], values[order]
-    rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        times = np.bincount(rng.integers(n, size=n), minlength=n)
-        weight = np.cumsum(times[first] * times[second])
-        if weight[-1]:
-            draws.append(values[np.searchsorted(weight, weight[-1] / 2)])
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(median, float(low), float(high), level, n, "percentile bootstrap")
+    """Median of all pairs, with the interval of those that share no point."""
+    used: set[int] = set()
+    own = []
+    for pair in np.lexsort((second - first, first)):  # the nearest partner of each point first
+        ends = {int(first[pair]), int(second[pair])}
+        if not ends & used:
+            used |= ends
+            own.append(pair)
+    value = float(np.median(values))
+    alone = percentile(values[own], 50, level)
+    if alone.low is None or alone.high is None:
+        note = (
+            f"an interval needs {needed_n(50, level)} pairs that share no point, found {len(own)}"
+        )
+        return Estimate(value, None, None, level, n, "none", note)
+    method = f"order statistics of {len(own)} pairs that share no point"
+    return Estimate(value, min(value, alone.low), max(value, alone.high), level, n, method)
 
 
 def _spread(values: Floats) -> float:
     return float(np.ptp(values) / max(np.abs(values).max(), 1e-300))
-
-
-def _fisher(r: float, variance: float, n: int, level: float) -> Estimate:
-    if n < 4:
-        note = f"an interval needs at least 4 points, found {n}"
-        return Estimate(r, None, None, level, n, "none", note)
-    if 1 - abs(r) <= ROUNDING:
-        return Estimate(r, r, r, level, n, "Fisher's z", "every point lies on one curve")
-    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt(variance / (n - 3))
-    low, high = np.tanh(np.arctanh(r) + np.array([-half, half]))
-    return Estimate(r, float(low), float(high), level, n, "Fisher's z")
 
 
 def _discordant(x: Floats, y: Floats) -> float | None:

@@ -68,7 +68,7 @@ def llm_bottleneck_claim(parameter_share: float | None, latency_share: Estimate 
     parameter_share : float or None
         Parameters of the LLM (embeddings and head included) / all parameters.
     latency_share : Estimate or None
-        (T_LLM_prefill + T_LLM_decode) / T_total, a `bootstrap_ratio`.
+        (T_LLM_prefill + T_LLM_decode) / T_total, a `ratio_estimate`.
 
     Examples
     --------

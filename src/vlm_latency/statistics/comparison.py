@@ -12,7 +12,7 @@ import scipy
 from numpy.typing import ArrayLike
 
 from vlm_latency.errors import DataError, UserError
-from vlm_latency.statistics.bootstrap import bootstrap_ratio, linearised
+from vlm_latency.statistics.means import linearised, ratio_estimate
 from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def compare_paired(
     ----------
     baseline, candidate : array_like, shape (n,)
         One pair per position, in the same unit. Where a value is not above zero (a clamped
-        component) the ratio of the means with a bootstrap interval stands in, and `ratio.method`
+        component) the ratio of the means (`ratio_estimate`) stands in, and `ratio.method`
         says so.
     level : float
         Confidence level.
@@ -118,7 +118,7 @@ def compare_paired(
     if min(baseline.min(), candidate.min()) > 0:
         ratio = _log_ratio(baseline, candidate, level, clusters)
     else:
-        ratio = bootstrap_ratio(candidate, baseline, clusters, level=level)
+        ratio = ratio_estimate(candidate, baseline, clusters, level=level)
     n = baseline.size
     note = f"{n} pairs; intervals hold from {ENOUGH_PAIRS}: repeat more" if n < ENOUGH_PAIRS else ""
     verdict: Verdict = "UNDECIDED"

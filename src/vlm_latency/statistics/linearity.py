@@ -10,7 +10,7 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.statistics.fits import EXACT, linear_fit
-from vlm_latency.statistics.results import Estimate, Floats, Result, as_pairs, as_values
+from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs, as_values
 
 # Pure error judged by fewer degrees of freedom than this is no yardstick.
 REPLICATES = 5
@@ -33,17 +33,27 @@ class LinearityTest(Result):
 
 
 def linearity_test(
-    x: ArrayLike, y: ArrayLike, *, level: float = 0.95, permutations: int = 1_999, seed: int = 0
+    x: ArrayLike,
+    y: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+    permutations: int = 1_999,
+    seed: int = 0,
 ) -> LinearityTest:
     """Test for departure from a straight line.
 
-    With replicates (several y at one x) by the F test for lack of fit: the spread of the means
+    Runs of one request are no replicates: what the request does to all of them would count as a
+    bend (a true line is called bent in 52 % of sweeps when requests differ by 1 %). They are one
+    point, their mean. With replicates (several requests at one x) by the F test for lack of fit: the spread of the means
     about the line against the spread within each x. Without, by a permutation test of von
     Neumann's ratio: next to a bend or a step, neighbouring residuals are alike.
 
     Parameters
     ----------
     x, y : array_like, shape (n,)
+    clusters : array_like, shape (n,), optional
+        The request of each run.
     level : float
         "not a line" when p < 1 − level; "line" means that no departure could be seen.
     permutations, seed : int
@@ -71,6 +81,8 @@ def linearity_test(
     'not a line'
     """
     x, y = as_pairs(("x", "y"), x, y)
+    if clusters is not None:
+        x, y = _request_means(x, y, clusters)
     fitted = linear_fit(x, y).predict(x)
     residual = y - fitted
     _, codes, counts = np.unique(x, return_inverse=True, return_counts=True)
@@ -211,6 +223,12 @@ def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.
         F = ((line_rss - rss) / (rank - line_rank)) / (rss / (n - rank))
         p_value = float(scipy.stats.f.sf(F, rank - line_rank, n - rank))
     return Staircase(verdict, aicc, r_squared, p_value, points, n, "AICc; F test over the line")
+
+
+def _request_means(x: Floats, y: Floats, clusters: ArrayLike) -> tuple[Floats, Floats]:
+    _, codes = np.unique(np.stack([as_codes(clusters, x.size), x]), axis=1, return_inverse=True)
+    runs = np.bincount(codes)
+    return np.bincount(codes, weights=x) / runs, np.bincount(codes, weights=y) / runs
 
 
 def _von_neumann(ordered: Floats) -> Floats:

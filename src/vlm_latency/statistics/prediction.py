@@ -11,7 +11,7 @@ import scipy
 from numpy.typing import ArrayLike
 
 from vlm_latency.errors import DataError
-from vlm_latency.statistics.bootstrap import bootstrap_mean, bootstrap_ratio
+from vlm_latency.statistics.means import mean_estimate, ratio_estimate
 from vlm_latency.statistics.quantiles import percentile
 from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_values
 
@@ -128,7 +128,7 @@ class CrossValidation(Result):
     def error_ratio(self, name: str, alternative: str, level: float = 0.95) -> Estimate:
         """Return the mean error of `name` over that of `alternative`, on the same points."""
         errors = [np.abs(self.predicted[key] / self.measured - 1) for key in (name, alternative)]
-        return bootstrap_ratio(errors[0], errors[1], self.groups, level=level)
+        return ratio_estimate(errors[0], errors[1], self.groups, level=level)
 
     def interval(self, name: str, prediction: float, level: float = 0.95) -> Estimate:
         """Return a new `prediction` of `name` with the range its held-out errors leave.
@@ -200,7 +200,7 @@ def cross_validate(
             guess[out] = fit(X[~out], y[~out]).predict(X[out])
         error = np.abs(guess / y - 1)
         predicted[name] = guess
-        mape[name] = bootstrap_mean(error, codes, level=level)
+        mape[name] = mean_estimate(error, codes, level=level)
         median_error[name] = percentile(error, 50, level, codes)
     return CrossValidation(
         mape, median_error, y.size, n_groups, "leave one shape out", y, predicted, codes
@@ -234,7 +234,7 @@ def transfer_error(
     y_train, y_test = (as_values("y", y, positive=True) for y in (train[1], test[1]))
     fitted = fit(_table(train[0], y_train.size), y_train)
     error = np.abs(fitted.predict(_table(test[0], y_test.size)) / y_test - 1)
-    return bootstrap_mean(error, groups, level=level)
+    return mean_estimate(error, groups, level=level)
 
 
 def _table(X: ArrayLike, n: int) -> Floats:

@@ -10,7 +10,7 @@ import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.errors import UserError
-from vlm_latency.statistics.bootstrap import bootstrap_mean, linearised
+from vlm_latency.statistics.means import linearised, mean_estimate
 from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
 
 
@@ -41,7 +41,9 @@ def percentile(
         Confidence level; what `scipy.stats.quantile_test` gives, at least this much.
     clusters : array_like, shape (n,), optional
         The image of each value. Values of one image are alike, so n is divided by the design
-        effect of the clusters at this percentile (Kish; Woodruff 1952) before ranks are chosen.
+        effect of the clusters, the larger of that at this percentile and at the median, and for
+        few clusters by Student's quantile (Woodruff 1952; Korn and Graubard 1998) before ranks
+        are chosen.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def percentile(
     effective = n
     method, found = "order statistics", f"found {n}"
     if clusters is not None:
-        effective = _effective_n(np.asarray(values, float), value, as_codes(clusters, n))
+        effective = _effective_n(np.asarray(values, float), p, as_codes(clusters, n), level)
         method += f", effective n of {effective} by clusters"
         found = f"found {n}, worth {effective}"
     tail = (1 - level) / 2
@@ -77,7 +79,10 @@ def percentile(
     above = int(scipy.stats.binom.isf(tail, effective, p)) + 1
     low = high = None  # the ends never leave out the value, which interpolates between ranks
     if below >= 1:
-        low = min(value, float(ordered[math.ceil(below * n / effective) - 1]))
+        share = below / effective
+        if share > p:  # the largest of few: too coarse a rank to be carried over to many
+            share = scipy.stats.beta.ppf(tail, effective * p, effective * (1 - p) + 1)
+        low = min(value, float(ordered[math.ceil(share * n - 1e-9) - 1]))
     if above <= effective:
         high = max(value, float(ordered[math.ceil(above * n / effective) - 1]))
     missing = [
@@ -166,7 +171,7 @@ def summary(values: ArrayLike, clusters: ArrayLike | None = None, level: float =
     return Summary(
         n=array.size,
         n_clusters=int(as_codes(clusters, array.size).max()) + 1,
-        mean=bootstrap_mean(array, clusters, level=level),
+        mean=mean_estimate(array, clusters, level=level),
         std=float(array.std(ddof=1)) if array.size > 1 else math.nan,
         min=float(array.min()),
         max=float(array.max()),
@@ -183,11 +188,20 @@ def _probability(q: float) -> float:
     return q / 100
 
 
-def _effective_n(values: Floats, quantile: float, codes: NDArray[np.int64]) -> int:
-    """Return how many independent values would know "at most the quantile" as well."""
-    at_most = (values <= quantile).astype(float)
-    share, error, groups = linearised(at_most, np.ones_like(at_most), codes)
-    if groups < 2 or error == 0:
-        return groups  # nothing to judge by: no more than one observation per cluster
-    worth = 1 + share * (1 - share) / error**2  # error² of n independent values: p(1 − p) / (n − 1)
-    return min(values.size, int(worth * (1 + 1e-9)))
+def _effective_n(values: Floats, p: float, codes: NDArray[np.int64], level: float) -> int:
+    """Return how many independent values would know the shares at most p and at most 1/2 as well.
+
+    Few values in the tail know little of their design effect: the median's bounds it.
+    """
+    worth = []
+    for at in (p, 0.5):
+        at_most = (values <= np.quantile(values, at)).astype(float)
+        share, error, groups = linearised(at_most, np.ones_like(at_most), codes)
+        if groups < 2:
+            return 1
+        # Where nothing varies: no more than one observation per cluster. error² of n
+        # independent values is p(1 − p) / (n − 1).
+        worth.append(1 + share * (1 - share) / error**2 if error else groups)
+    least = max(min(values.size, *worth), 2)
+    t = scipy.stats.t.ppf((1 + level) / 2, [least - 1, groups - 1])
+    return max(1, int(least * min(1, t[0] / t[1]) ** 2 * (1 + 1e-9)))

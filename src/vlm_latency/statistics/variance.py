@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 
 from vlm_latency.errors import DataError
-from vlm_latency.statistics.bootstrap import bootstrap_ratio
+from vlm_latency.statistics.means import CARRIES, ratio_estimate
 from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ FACTORS = {
 }
 # The tail is what lies above this percentile.
 TAIL = 95
+# Further outside of 0 to 1 a share is no scatter about its ends.
+FAILED = 0.05
+# More groups make the jackknife no better, only slower.
+MOST_GROUPS = 200
 # Requests beyond the number of parameters, without which the unexplained part is a guess.
 SPARE_REQUESTS = 10
 
@@ -58,8 +62,6 @@ def variance_budget(
     request: str = "request_id",
     clusters: str = "image_id",
     level: float = 0.95,
-    resamples: int = 400,
-    seed: int = 0,
 ) -> VarianceBudget:
     """Split the variance of `response` between factors of the content, noise and the rest.
 
@@ -76,8 +78,10 @@ def variance_budget(
     request, clusters : str
         Columns that say which runs are one request, and which requests share an image; where a
         column is absent (or empty) every row, or request, is its own.
-    level, resamples, seed
-        Of the intervals: value ± normal quantile × standard error of a bootstrap over images.
+    level : float
+        Of the intervals: Student's t on the jackknife over images, on the logarithm of a share
+        that is small and surely above zero. For noise and "unexplained" the repeated requests are the degrees
+        of freedom.
 
     Returns
     -------
@@ -86,7 +90,9 @@ def variance_budget(
         average gain over all orders of entering: Lindeman, Merenda and Gold 1980), so no order
         favours one, less what its columns would gain by chance (as omega squared does). Noise is
         the pooled variance within requests; None without repeats, and then it is part of
-        "unexplained". Shares are signed: that of an idle factor scatters about 0.
+        "unexplained". Shares are signed: that of an idle factor scatters about 0. One outside
+        of 0 to 100 % by more than 5 points is an estimate that failed: it has no value, and its
+        note says why. `note` warns where one image makes most of a share's variance.
 
         The verdict looks at the tail, the runs above P95: "content" when the factors predict
         more than half of its excess (whole interval), "machine" when less than half and noise
@@ -131,7 +137,7 @@ def variance_budget(
     }
     names = list(factors)
     scale = max(float(np.abs(y - y.mean()).max()), float(np.sqrt(deviation.max())))
-    method = "Shapley values of R², adjusted; bootstrap standard error over images"
+    method = "Shapley values of R², adjusted; jackknife over images"
     parameters = 1 + sum(block.shape[1] for block in blocks.values())
     flat = scale <= ROUNDING * float(np.abs(y).max())
     if flat or n < parameters + SPARE_REQUESTS:
@@ -152,23 +158,24 @@ def variance_budget(
     within = np.column_stack([deviation / scale**2, counts - 1, 1 / counts, np.ones(n)])
     sums = _sums_per_cluster(design, within, image[first])
     widths = [blocks[name].shape[1] for name in names]
-    value = _shares(sums.sum(axis=0), widths)
-    rng = np.random.default_rng(seed)
-    groups = len(sums)
-    drawn = np.array(
-        [
-            _shares(np.bincount(rng.integers(groups, size=groups), minlength=groups) @ sums, widths)
-            for _ in range(resamples if groups > 1 else 0)
-        ]
-    )
+    total = sums.sum(axis=0)
+    value = np.array(_shares(total, widths))
+    groups = np.arange(len(sums)) % MOST_GROUPS
+    parts = [sums[groups == group].sum(axis=0) for group in range(int(groups.max()) + 1)]
+    moved = np.empty((0, value.size))
+    if len(parts) > 1:
+        moved = np.array([_shares(total - part, widths) for part in parts]) - value
     shares = {
-        name: _estimate(value[i], drawn[:, i] if groups > 1 else None, level, n, method)
-        for i, name in enumerate([*names, "noise", "unexplained"])
+        name: _estimate(float(value[i]), moved[:, i], freedom, level, n, method)
+        for i, (name, freedom) in enumerate(
+            [*((name, len(parts) - 1) for name in names)]
+            + [(name, min(repeated, len(parts)) - 1) for name in ("noise", "unexplained")]
+        )
     }
     fitted = design[:, :-1] @ np.linalg.lstsq(design[:, :-1], y, rcond=None)[0]
     tail = runs[:, 0] > np.percentile(runs[:, 0], TAIL)
     if tail.any():
-        tail_content = bootstrap_ratio(
+        tail_content = ratio_estimate(
             fitted[own][tail] - y.mean(), runs[tail, 0] - y.mean(), image[tail], level=level
         )
     else:
@@ -254,18 +261,32 @@ def _shares(sums: Floats, widths: list[int]) -> list[float]:
     return [*shares, noise / spread, 1 - sum(shares) - known]
 
 
-def _estimate(value: float, drawn: Floats | None, level: float, n: int, method: str) -> Estimate:
-    value = float(value)
+def _estimate(
+    value: float, moved: Floats, freedom: int, level: float, n: int, method: str
+) -> Estimate:
     if math.isnan(value):
         note = "no request was repeated: noise is part of what is unexplained"
         return Estimate(None, None, None, level, n, "none", note)
-    if drawn is None:
-        note = "an interval needs at least 2 images"
+    if not -FAILED <= value <= 1 + FAILED:
+        note = (
+            f"the estimate failed: {value:.0%} is no share (too few repeats, or too few requests)"
+        )
+        return Estimate(None, None, None, level, n, "none", note)
+    if moved.size < 2 or freedom < 1 or not np.isfinite(moved).all():
+        note = "an interval needs at least 2 images, and 2 repeated requests for what is noise"
         return Estimate(value, None, None, level, n, "none", note)
-    # Not the quantiles of the resamples: drawing twice inflates R², so those of idle factors
-    # lie above the share itself (they hold it in 73 % of simulations in place of 95 %).
-    half = float(scipy.stats.norm.ppf((1 + level) / 2) * np.nanstd(drawn, ddof=1))
-    return Estimate(value, value - half, value + half, level, n, method)
+    squares = moved**2
+    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(
+        (moved.size - 1) / moved.size * squares.sum()
+    )
+    note = ""
+    if squares.max() > CARRIES * squares.sum() > 0:
+        note = "one image makes most of this share's variance: the interval may be too narrow"
+    low, high = value - half, value + half
+    if low > 0 and value < 0.5:
+        low, high = value * math.exp(-half / value), value * math.exp(half / value)
+        method += ", logarithm"
+    return Estimate(value, low, high, level, n, method, note)
 
 
 def _verdict(
@@ -286,11 +307,14 @@ def _sentence(
     names: Sequence[str],
     tail: Estimate,
 ) -> str:
-    parts = ", ".join(f"{name} {shares[name]:.0%}" for name in names)
-    noise = shares["noise"]
-    machine = (
-        f"noise {noise:.0%}" if noise.value is not None else "noise unknown (repeat some requests)"
-    )
+    def said(name: str) -> str:
+        share = shares[name]
+        return f"{name} {share:.0%}" if share.value is not None else f"{name} unknown"
+
+    parts = ", ".join(map(said, names))
+    machine = said("noise")
+    if shares["noise"].note.startswith("no request was repeated"):
+        machine += " (repeat some requests)"
     opening = {
         "content": "The tail is in the content",
         "machine": "The tail is in the machine",
@@ -299,5 +323,5 @@ def _sentence(
     }[verdict]
     return (
         f"{opening}: the factors predict {tail:.0%} of what lies above P{TAIL} of {response}; "
-        f"of the whole spread {parts}, {machine}, unexplained {shares['unexplained']:.0%}."
+        f"of the whole spread {parts}, {machine}, {said('unexplained')}."
     )

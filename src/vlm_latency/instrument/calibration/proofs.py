@@ -14,9 +14,9 @@ from vlm_latency.instrument.protocol import output_rule
 from vlm_latency.options import CalibrationOptions
 from vlm_latency.statistics import (
     a_a_false_alarms,
-    bootstrap_ratio,
     compare_paired,
     percentile,
+    ratio_estimate,
 )
 
 CLAMPED = ("T_projector", "T_LLM_prefill", "T_LLM_decode")
@@ -64,7 +64,7 @@ def overhead(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     }
     return {
         **found,
-        "remainder": bootstrap_ratio(*np.transpose(other)).to_dict(),
+        "remainder": ratio_estimate(*np.transpose(other)).to_dict(),
         "total_ms": float(np.median(times["instrumented"])),
         "runs": 3 * len(times["bare"]),
     }

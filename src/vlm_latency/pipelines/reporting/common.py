@@ -202,10 +202,10 @@ def fits(
 
 def means(rows: pd.DataFrame, names: Sequence[str] = MEANS) -> dict[str, Estimate]:
     """Give the mean of each measured column with its interval, clustered by image."""
-    from vlm_latency.statistics import bootstrap_mean
+    from vlm_latency.statistics import mean_estimate
 
     return {
-        name: bootstrap_mean(known[name], clusters(known))
+        name: mean_estimate(known[name], clusters(known))
         for name in names
         if not (known := rows[rows[name].notna()]).empty
     }
@@ -213,10 +213,10 @@ def means(rows: pd.DataFrame, names: Sequence[str] = MEANS) -> dict[str, Estimat
 
 def shares(rows: pd.DataFrame, names: Sequence[str] = COMPONENTS) -> dict[str, Estimate]:
     """Give each component's share of T_total, a ratio of means, with its interval."""
-    from vlm_latency.statistics import bootstrap_ratio
+    from vlm_latency.statistics import ratio_estimate
 
     return {
-        name: bootstrap_ratio(known[name], known["T_total"], clusters(known))
+        name: ratio_estimate(known[name], known["T_total"], clusters(known))
         for name in names
         if not (known := rows[rows[name].notna()]).empty
     }

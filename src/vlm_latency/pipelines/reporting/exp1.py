@@ -98,7 +98,7 @@ def accuracy(
     rows: pd.DataFrame, requests: pd.DataFrame, environment: dict[str, Any]
 ) -> Estimate | dict[str, Any]:
     """Give the official VQA accuracy of the generated answers, where they mean something."""
-    from vlm_latency.statistics import bootstrap_mean
+    from vlm_latency.statistics import mean_estimate
     from vlm_latency.vqa import vqa_accuracy
 
     if environment["model"].get("weights") != "pretrained":
@@ -114,7 +114,7 @@ def accuracy(
             judged["generated_text"].fillna(""), judged["request_id"], strict=True
         )
     ]
-    return bootstrap_mean(scores, common.clusters(judged))
+    return mean_estimate(scores, common.clusters(judged))
 
 
 def outliers(rows: pd.DataFrame) -> dict[str, Any]:

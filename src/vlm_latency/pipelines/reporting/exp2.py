@@ -42,7 +42,7 @@ def report(
         parameters["params_projector"] = parameters["params_image_projector"]
     llm = None
     if {"T_LLM_prefill", "T_LLM_decode"} <= shares.keys():
-        llm = st.bootstrap_ratio(
+        llm = st.ratio_estimate(
             rows["T_LLM_prefill"] + rows["T_LLM_decode"], rows["T_total"], common.clusters(rows)
         )
     entries = question_entries(records, requests)

@@ -56,7 +56,9 @@ def report(
         rows["T_vision_total"],
         rows["num_crops"].astype(float),
     )
-    bend = common.unless_impossible(notes, "linearity", st.linearity_test, tokens, rows["T_total"])
+    bend = common.unless_impossible(
+        notes, "linearity", st.linearity_test, tokens, rows["T_total"], request
+    )
     encoder = _crops_and_tokens(rows, "T_vision_encoder", notes)
     prefill = _crops_and_tokens(rows, "T_LLM_prefill", notes)
     found = {

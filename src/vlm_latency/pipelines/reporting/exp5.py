@@ -178,7 +178,7 @@ def _association(points: pd.DataFrame, column: str, notes: list[str]) -> dict[st
 
 def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
     """What a TFLOP takes in the encoder, in prefill and in decode, milliseconds."""
-    from vlm_latency.statistics import bootstrap_ratio
+    from vlm_latency.statistics import ratio_estimate
 
     found = {}
     for regime, (sweep, part, time) in REGIMES.items():
@@ -192,7 +192,7 @@ def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
         ratio = common.unless_impossible(
             notes,
             f"ms per TFLOP in {regime}",
-            bootstrap_ratio,
+            ratio_estimate,
             rows[time].astype(float),
             rows[column].astype(float) / 1e12,
         )
