@@ -19,8 +19,8 @@ from vlm_latency.option_types import (
     Group,
     Lengths,
     SamplingOptions,
+    Sizes,
     TilingOrNone,
-    Words,
 )
 
 
@@ -53,7 +53,7 @@ class VisionSampling(SamplingOptions):
     equal_crop_pairs: Annotated[bool, BY_PROTOCOL] = Field(
         True, description="add grids of equal crops, which tell crops from tokens"
     )
-    sizes: Words | None = Field(
+    sizes: Sizes | None = Field(
         None, description="image sizes in place of grids, such as '336x336 672x336'"
     )
 
@@ -294,6 +294,22 @@ ANALYSES: dict[str, Analysis] = {
                 Fact("bare / bare, the null", ("null", "ratio")),
                 Fact("false alarms between equal runs", ("false_alarms", "share"), "%", 100),
                 Fact("remainder T_other / T_total", ("remainder",), "%", 100),
+            ),
+        ),
+        Analysis(
+            name="explain",
+            title="Explanation",
+            question="What bounds each component: launching work, memory, or arithmetic?",
+            figures=("explain",),
+            facts=(
+                Fact("finding", ("finding",)),
+                Fact("the device computes during", ("busy_share",), "% of T_total", 100),
+                Fact("vision encoder is bound by", ("bound", "T_vision_encoder")),
+                Fact("LLM prefill is bound by", ("bound", "T_LLM_prefill")),
+                Fact("LLM decode is bound by", ("bound", "T_LLM_decode")),
+                Fact("attention kernels", ("attention",)),
+                Fact("kernel time attributed to components", ("attributed",), "%", 100),
+                Fact("under the profiler, times as long", ("slowdown",)),
             ),
         ),
         Analysis(

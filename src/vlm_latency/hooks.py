@@ -74,6 +74,7 @@ class ProjectHooks:
                 for name in measured
                 if (table := f"{name}.given_requests") in catalog
             },
+            explains="explain.result" in pipeline.all_outputs(),
         ):
             log.info(line)
         for name, row in EXPERIMENTS.items():

@@ -53,14 +53,22 @@ def _output_length(value: Any) -> str:
     raise ValueError("expected natural, answer, none or a positive number")
 
 
-def _tiling(value: Any) -> Any:
-    """Read "2x3" once, as (rows, columns)."""
+def _product(value: Any, expected: str) -> Any:
+    """Read "2x3" once, as two numbers."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value)
     if not match:
-        raise ValueError("expected rows x columns, such as 2x3")
+        raise ValueError(f"expected {expected}")
     return int(match[1]), int(match[2])
+
+
+def _tiling(value: Any) -> Any:
+    return _product(value, "rows x columns, such as 2x3")
+
+
+def _size(value: Any) -> Any:
+    return _product(value, "width x height, such as 640x480")
 
 
 def _tiling_or_none(value: Any) -> Any:
@@ -75,10 +83,9 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
 PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 OutputLength = Annotated[str, BeforeValidator(_output_length)]
-_Tiles = Annotated[int, Field(gt=0)]
-Tiling = Annotated[
-    tuple[_Tiles, _Tiles],
-    BeforeValidator(_tiling),
-    PlainSerializer(lambda grid: f"{grid[0]}x{grid[1]}", when_used="json"),
-]
+_Count = Annotated[int, Field(gt=0)]
+_AS_WRITTEN = PlainSerializer(lambda pair: f"{pair[0]}x{pair[1]}", when_used="json")
+Tiling = Annotated[tuple[_Count, _Count], BeforeValidator(_tiling), _AS_WRITTEN]
+Size = Annotated[tuple[_Count, _Count], BeforeValidator(_size), _AS_WRITTEN]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_words)]
 TilingOrNone = Annotated[Tiling | None, BeforeValidator(_tiling_or_none)]

@@ -32,6 +32,8 @@ from vlm_latency.option_types import (
     OutputLength,
     PositiveNumbers,
     SamplingOptions,
+    Size,
+    Sizes,
     Tiling,
     Words,
     asked,
@@ -154,10 +156,19 @@ class CalibrationOptions(Group):
     ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
 
 
+class ExplainOptions(Group):
+    """``explain.*``: which requests are looked at under a profiler."""
+
+    sizes: Sizes | None = None  # images of these sizes, "640x480 336x336"; None: exp2's shapes
+    max_shapes: Annotated[int, Field(ge=1)] = 4  # of exp2's, the most frequent ones
+    output_tokens: Annotated[int, Field(ge=2)] = 8
+    num_runs: Annotated[int, Field(ge=1)] = 10  # of each, without the profiler
+
+
 class PredictOptions(Group):
     """``predict.*``: a workload whose latency is asked for without running the model."""
 
-    image: str = "640x480"
+    image: Size = (640, 480)
     prompt_tokens: Annotated[int, Field(ge=1)] = 16
     output_tokens: Annotated[int, Field(ge=1)] = 16
     vision_token_grid: Lengths = (144, 288, 576, 1152, 2304)
@@ -251,6 +262,7 @@ class Options(_Tree):
     """The whole parameter tree."""
 
     calibration: CalibrationOptions = CalibrationOptions()
+    explain: ExplainOptions = ExplainOptions()
     predict: PredictOptions = PredictOptions()
     compare: CompareOptions = CompareOptions()
 

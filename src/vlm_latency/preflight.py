@@ -26,6 +26,7 @@ def check(
     questions: Any = None,
     earlier: Mapping[str, Any],
     given: Mapping[str, Any] | None = None,
+    explains: bool = False,
 ) -> list[str]:
     """Refuse what cannot work, all of it at once.
 
@@ -45,6 +46,8 @@ def check(
         Results that the pipeline reads, by the name of their dataset.
     given
         The datasets of requests made before, by experiment.
+    explains
+        Whether requests are looked at under a profiler.
 
     Returns
     -------
@@ -89,6 +92,9 @@ def check(
             requests = attempt(_drawable, settled, questions, handle, table)
             if requests is not None:
                 lines.append(_line(settled, handle, requests))
+        if explains:
+            line = attempt(_explained, options, questions, handle)
+            lines += [line] if line else []
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return lines
@@ -146,6 +152,29 @@ def _drawable(
     return draw_requests(options, replace(questions.load(), root=None, fetch=None), handle, given)
 
 
+def _explained(options: Options, questions: Any, handle: Any) -> str:
+    """Say what will be explained; refuse a model that takes no time, and what exp2 would refuse."""
+    asked = options.explain
+    if handle.architecture.simulated:
+        raise MeasurementError(
+            f"found model.name={handle.options.name}; expected a model that takes time: there is "
+            "nothing to explain"
+        )
+    what = f"the shapes of exp2, at most {asked.max_shapes}"
+    if asked.sizes:
+        what = f"{len(asked.sizes)} image sizes"
+    else:
+        _drawable(options.experiment("exp2", handle.weights), questions, handle, None)
+    return (
+        f"explain: {what}, {asked.output_tokens} tokens each, × {asked.num_runs} runs and once under "
+        f"a profiler, on {_model(handle)}"
+    )
+
+
+def _model(handle: Any) -> str:
+    return f"{handle.architecture.name} ({handle.weights} weights, {handle.device}, {handle.dtype})"
+
+
 def _line(options: ExperimentOptions, handle: Any, requests: pd.DataFrame) -> str:
     from vlm_latency.pipelines.data_sampling.rules import rule_of
 
@@ -155,8 +184,7 @@ def _line(options: ExperimentOptions, handle: Any, requests: pd.DataFrame) -> st
     if not EXPERIMENTS[name].fixed_length:
         length = f", output length {'/'.join(requests['output_length'].unique())}"
     return (
-        f"{name}: {rule_of(options).words(requests)}{times} on {handle.architecture.name} "
-        f"({handle.weights} weights, {handle.device}, {handle.dtype}), "
+        f"{name}: {rule_of(options).words(requests)}{times} on {_model(handle)}, "
         f"method {measurement.method}{length}"
     )
 

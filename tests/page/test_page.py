@@ -70,7 +70,7 @@ def test_claims_with_verdict_rule_and_numbers(page):
 def test_what_was_not_run_is_named_with_its_command(page):
     text = Reader(page).text
     absent = text.partition("Not run: ")[2].partition(" . ")[0]
-    for name in ("exp2", "exp4", "exp5", "predict", "compare"):
+    for name in ("exp2", "exp4", "exp5", "explain", "predict", "compare"):
         assert f"kedro run --pipeline {name} " in absent
     assert "exp1" not in absent and "calibration" not in absent
 
@@ -238,4 +238,4 @@ def test_results_of_another_hand_are_shown_for_what_they_are(tmp_path):
 
 def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
     text = Reader(build_page(collect_results(tmp_path))).text
-    assert text.count("kedro run --pipeline") == 9  # eight studies and, once more, calibration
+    assert text.count("kedro run --pipeline") == 10  # nine studies and, once more, calibration

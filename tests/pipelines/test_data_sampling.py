@@ -11,7 +11,7 @@ import pytest
 from kedro.io import DatasetError
 
 from vlm_latency.datasets import GivenRequests
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, UserError
 from vlm_latency.models import ModelHandle
 from vlm_latency.options import ExperimentOptions, Options
 from vlm_latency.pipelines.data_sampling.nodes import draw_requests
@@ -59,7 +59,7 @@ def test_requests_of_each_experiment() -> None:
 def test_sizes_may_be_given_for_the_vision_sweep() -> None:
     table = draw("exp3", sizes="336x336 640x480")
     assert table["resolution"].tolist() == ["336x336", "640x480"]
-    with pytest.raises(DataError, match=r"found '640'; expected width x height"):
+    with pytest.raises(UserError, match=r"found '640': expected width x height"):
         draw("exp3", sizes="640")
 
 

@@ -1,6 +1,6 @@
 """Kedro datasets: thin adapters of the library's rooms, and atomic writing."""
 
-from vlm_latency.datasets.atomic import AtomicJSON, AtomicParquet, ResultFile
+from vlm_latency.datasets.atomic import AtomicJSON, AtomicParquet, CompressedJSON, ResultFile
 from vlm_latency.datasets.inputs import (
     EarlierResult,
     GivenRequests,
@@ -16,6 +16,7 @@ from vlm_latency.datasets.record_log import RecordLog
 __all__ = [
     "AtomicJSON",
     "AtomicParquet",
+    "CompressedJSON",
     "EarlierResult",
     "FigureFile",
     "GivenRequests",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import tempfile
@@ -123,6 +124,26 @@ class ResultFile(AtomicJSON):
 
     def __init__(self, *, root: str, study: str, metadata: dict[str, Any] | None = None):
         super().__init__(filepath=str(result_path(root, study)), metadata=metadata)
+
+
+class CompressedJSON(FileDataset):
+    """JSON of one line, compressed by gzip, such as a trace for a viewer.
+
+    Parameters
+    ----------
+    filepath
+        The file.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def load(self) -> Any:
+        with gzip.open(self._path, "rt", encoding="utf-8") as file:
+            return json.load(file)
+
+    def save(self, data: Any) -> None:
+        with replacing(self._path) as temporary:
+            temporary.write_bytes(gzip.compress(json.dumps(data).encode()))
 
 
 class AtomicParquet(ParquetDataset):

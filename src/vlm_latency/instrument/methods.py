@@ -420,7 +420,7 @@ def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
             "(does the model generate in another way, or cut its prefill into chunks?)"
         )
     owned = dict.fromkeys((ENCODER, PROJECTOR, PREFILL, DECODE_FORWARD, DECODE, OTHER), 0)
-    owned |= partition(_with_decode(marks))
+    owned |= partition(with_decode(marks))
     between = owned[DECODE]
     owned[DECODE] += owned[DECODE_FORWARD]
     times: dict[str, Any] = {label: ns / 1e6 for label, ns in owned.items()}
@@ -435,7 +435,7 @@ def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
     return times
 
 
-def _with_decode(marks: Sequence[Mark]) -> list[Mark]:
+def with_decode(marks: Sequence[Mark]) -> list[Mark]:
     """Put ``T_LLM_decode`` from the end of the prefill to the end of the last forward."""
     ends = [i for i, mark in enumerate(marks) if mark.label == DECODE_FORWARD and not mark.opens]
     if not ends:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vlm_latency.instrument.clock import Clock
@@ -35,9 +35,16 @@ class Timeline:
         The host's clock.
     device
         A second clock for work that runs asynchronously, stamped at the same boundaries.
+
+    Attributes
+    ----------
+    listener
+        Told of every boundary as it is reached: its label, and whether that opens. None, as a rule:
+        what it does is timed too.
     """
 
     def __init__(self, host: Clock, device: Clock | None = None) -> None:
+        self.listener: Callable[[str, bool], None] | None = None
         self._clocks = [host] if device is None else [host, device]
         self._host = host
         self._device = device
@@ -85,6 +92,8 @@ class Timeline:
             self._reserve(2 * slot + 2)
         self._labels[slot] = what
         self._count = slot + 1
+        if self.listener is not None:
+            self.listener(*what)
         return slot
 
     def _reserve(self, capacity: int) -> None:
@@ -99,10 +108,18 @@ class Timeline:
         ]
 
 
-def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
+class Span(NamedTuple):
+    """A stretch of time between two neighbouring marks, and whose it is."""
+
+    start_ns: int
+    end_ns: int
+    owner: str
+
+
+def spans(marks: Sequence[Mark], outside: str = "") -> list[Span]:
     """Attribute the time between the first and the last mark to exactly one owner each.
 
-    The owner of an interval is the label opened last and not yet closed; ``outside`` owns what
+    The owner of a stretch is the label opened last and not yet closed; ``outside`` owns what
     no label does. A label may open inside another, inside itself, and as often as it likes; a
     label that is closed while another, opened later, is still open leaves that one in place.
 
@@ -113,33 +130,24 @@ def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
 
     Returns
     -------
-    dict
-        Nanoseconds per label; they add up to last minus first mark, exactly.
+    list of Span
+        Without gaps, from the first to the last mark.
 
     Raises
     ------
     ValueError
         When a label closes that is not open, one stays open, or time runs backwards.
-
-    Examples
-    --------
-    >>> inner = [Mark(3, "b", True), Mark(5, "b", False)]
-    >>> partition([Mark(0, "a", True), *inner, Mark(9, "a", False)])
-    {'a': 7, 'b': 2}
     """
-    owned: dict[str, int] = {}
+    found: list[Span] = []
     stack: list[str] = []
     before: Mark | None = None
     for mark in marks:
         if before is not None:
-            elapsed = mark.time_ns - before.time_ns
-            if elapsed < 0:
+            if mark.time_ns < before.time_ns:
                 raise ValueError(f"time runs backwards from {before} to {mark}")
-            owner = stack[-1] if stack else outside
-            owned[owner] = owned.get(owner, 0) + elapsed
+            found.append(Span(before.time_ns, mark.time_ns, stack[-1] if stack else outside))
         if mark.opens:
             stack.append(mark.label)
-            owned.setdefault(mark.label, 0)
         elif mark.label in stack:
             innermost = len(stack) - 1 - stack[::-1].index(mark.label)
             del stack[innermost]
@@ -148,4 +156,24 @@ def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
         before = mark
     if stack:
         raise ValueError(f"still open after the last mark: {stack}")
+    return found
+
+
+def partition(marks: Sequence[Mark], outside: str = "") -> dict[str, int]:
+    """Add up every owner's stretches of time; see `spans`.
+
+    Returns
+    -------
+    dict
+        Nanoseconds per label; they add up to last minus first mark, exactly.
+
+    Examples
+    --------
+    >>> inner = [Mark(3, "b", True), Mark(5, "b", False)]
+    >>> partition([Mark(0, "a", True), *inner, Mark(9, "a", False)])
+    {'a': 7, 'b': 2}
+    """
+    owned = {mark.label: 0 for mark in marks}
+    for start, end, owner in spans(marks, outside):
+        owned[owner] = owned.get(owner, 0) + end - start
     return owned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -70,8 +69,7 @@ class VisionSweep(Questions):
 
         asked = options.sampling
         if asked.sizes:
-            sizes = [_size(text, options.experiment) for text in asked.sizes]
-            return vqa.sweep_sizes_requests(sizes, asked.seed)
+            return vqa.sweep_sizes_requests(asked.sizes, asked.seed)
         tiles = model.architecture.tiles
         if tiles is None:
             ladder = model.architecture.image_sizes_for_ladder(asked.max_grid_size)
@@ -207,12 +205,3 @@ def too_long(
     tokens = [named[length] if length in named else number(length) for length in lengths]
     positions = architecture.max_positions
     return {n: prompt + n for n in tokens if positions and prompt + n > positions}
-
-
-def _size(text: str, experiment: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise DataError(
-            f"{experiment}.sampling.sizes: found {text!r}; expected width x height: '672x336'"
-        )
-    return int(match[1]), int(match[2])

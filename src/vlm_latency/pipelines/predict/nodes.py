@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_latency.errors import DataError, UserError
+from vlm_latency.errors import DataError
 from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting.common import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
@@ -59,7 +58,7 @@ def predict(
             "the result of exp3 does not say what its machine can do at most; predict needs results "
             "that 'kedro run --pipeline phase2' made"
         )
-    image = _size(asked.image)
+    image = asked.image
     entries = pd.concat(
         [entry_table(vision, "exp3"), entry_table(language, "exp4")], ignore_index=True
     )
@@ -87,7 +86,7 @@ def predict(
         "method": "quantiles of held-out errors",
     }
     words = (
-        f"{asked.image} image, {asked.prompt_tokens} prompt tokens, {asked.output_tokens} output "
+        f"{image[0]}x{image[1]} image, {asked.prompt_tokens} prompt tokens, {asked.output_tokens} output "
         "tokens"
     )
     notes = []
@@ -151,10 +150,3 @@ def predict(
         },
     }
     return result, {"grid": grid, "pruning": pruning}, figure
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if not match:
-        raise UserError(f"predict.image: found {text!r}; expected width x height, such as 640x480")
-    return int(match[1]), int(match[2])

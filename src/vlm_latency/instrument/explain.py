@@ -1,0 +1,194 @@
+"""Which kernels a request runs, seen once under a profiler, beside how long it takes without one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vlm_latency.errors import MeasurementError
+from vlm_latency.instrument.attribution import MARK, Share, attribute, ranges
+from vlm_latency.instrument.methods import Meter, Reading
+from vlm_latency.instrument.protocol import Fetch, Session, SessionLog, undisturbed
+from vlm_latency.options import ExplainOptions, MeasurementOptions
+
+if TYPE_CHECKING:
+    from vlm_latency.models.interface import LoadedModel
+
+TRIES = 3
+
+log = logging.getLogger("vlm_latency")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One request under the profiler.
+
+    Attributes
+    ----------
+    request_id
+        Whose.
+    shares
+        What each component did.
+    total
+        Of the whole trace; see `attribution.attribute`.
+    profiled_ms
+        ``T_total`` on the host's clock meanwhile.
+    slowdown
+        That over the median of the runs without a profiler.
+    """
+
+    request_id: str
+    shares: dict[str, Share]
+    total: dict[str, float]
+    profiled_ms: float
+    slowdown: float
+
+
+def explain(
+    vlm: LoadedModel,
+    requests: pd.DataFrame,
+    options: ExplainOptions,
+    fetch: Fetch,
+    *,
+    template: str = "{question}",
+    measurement: MeasurementOptions | None = None,
+) -> tuple[list[dict[str, Any]], list[Profile], dict[str, Any]]:
+    """Run each request without a profiler, many times, and then once under it.
+
+    Parameters
+    ----------
+    requests
+        One per shape; each writes ``options.output_tokens`` tokens.
+    fetch
+        Gives the encoded image of a request.
+    measurement
+        How to warm up; the method is ``timeline`` whatever it says.
+
+    Returns
+    -------
+    rows
+        Records of the runs without a profiler, ``run_index`` among them.
+    profiles
+        One per request.
+    trace
+        A Chrome trace of all profiled requests, with the components as ranges.
+
+    Raises
+    ------
+    MeasurementError
+        For a model without times of its own, and where a request cannot be run.
+    """
+    if vlm.architecture.simulated:
+        raise MeasurementError(
+            f"found model.name={vlm.options.name}; expected a model that takes time: there is "
+            "nothing to explain"
+        )
+    table = requests.assign(output_length=str(options.output_tokens))
+    asked: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
+    fixed = {"method": "timeline", "warmup": "plateau"}
+    settled = (measurement or MeasurementOptions()).model_copy(update=fixed)
+    session = Session(vlm, settled, fetch, template, SessionLog())
+    generator = np.random.default_rng(settled.seed)
+    rows: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
+    profiles = []
+    with undisturbed(vlm), contextlib.closing(session):
+        session.open(asked, asked)
+        for run_index in range(options.num_runs):
+            for which in generator.permutation(len(asked)):
+                row = session.run(asked[which])
+                if row["error"]:
+                    raise MeasurementError(
+                        f"request {asked[which]['request_id']} could not be run: {row['error']}"
+                    )
+                rows.append({**row, "request_id": asked[which]["request_id"],
+                             "run_index": run_index, "order_index": len(rows)})  # fmt: skip
+        for request in asked:
+            own = [r for r in rows if r["request_id"] == request["request_id"]]
+            usual_ms = float(np.median([_host_ms(row) for row in own]))
+            trace, reading = profiled(
+                session.meter, session.prepare(request), options.output_tokens
+            )
+            profile, trace = _explained(request, trace, reading, usual_ms)
+            log.info(
+                "explain: %s under the profiler took %.1f ms, %.2f times as long as without",
+                profile.request_id,
+                profile.profiled_ms,
+                profile.slowdown,
+            )
+            profiles.append(profile)
+            traces.append(trace)
+    whole = {**traces[0], "traceEvents": [e for trace in traces for e in trace["traceEvents"]]}
+    return rows, profiles, whole
+
+
+def _explained(
+    request: Mapping[str, Any], trace: dict[str, Any], reading: Reading, usual_ms: float
+) -> tuple[Profile, dict[str, Any]]:
+    """Attribute one trace, and put the components' ranges into it."""
+    events = trace["traceEvents"]
+    on_device = reading.times["T_total_host"] is not None
+    shares, total = attribute(events, on_device)
+    taken_ms = _host_ms(reading.times)
+    name = str(request["request_id"])
+    profile = Profile(name, shares, total, taken_ms, taken_ms / usual_ms)
+    return profile, {**trace, "traceEvents": [*events, *ranges(events, on_device, name)]}
+
+
+def _host_ms(times: Mapping[str, Any]) -> float:
+    """T_total on the host's clock, which is the only one without a device."""
+    host = times.get("T_total_host")
+    return float(times["T_total"] if host is None else host)
+
+
+def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], Reading]:
+    """Measure one request under ``torch.profiler``, its boundaries marked in the trace.
+
+    It is tried three times, of which the least disturbed one, the quickest, is kept: a profiler
+    that starts for the first time in a process takes its time inside the request.
+
+    Parameters
+    ----------
+    meter
+        A timeline, warm for this request.
+
+    Returns
+    -------
+    trace, reading
+        The Chrome trace, and what the meter read meanwhile.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    def mark(label: str, opens: bool) -> None:
+        with record_function(f"{MARK}{'open' if opens else 'close'} {label}"):
+            pass
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it announces every start and stop
+    activities = [ProfilerActivity.CPU]
+    if meter.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    tried = []
+    meter.timeline.listener = mark
+    try:
+        for _ in range(TRIES):
+            with profile(activities=activities, acc_events=True) as profiler:
+                reading = meter(prepared, tokens)
+            tried.append((_host_ms(reading.times), profiler, reading))
+    finally:
+        meter.timeline.listener = None
+    _, profiler, reading = min(tried, key=lambda attempt: attempt[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return trace, reading
