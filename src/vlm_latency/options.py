@@ -379,7 +379,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _unknown(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    """Refuse a name: the matter of another experiment, or mistyped, with the nearest right one."""
+    """Refuse a name that is another experiment's parameter, or mistyped: with the nearest right one."""
     group: Any = root
     for part in loc[:-1]:
         group = group.model_fields[str(part)].annotation

@@ -24,7 +24,7 @@ from vlm_latency.costs.roofline import roofline_ms
 from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
 from vlm_latency.errors import UserError
 
-# Where a pruned vision token stops to cost.
+# Where a pruned vision token leaves the model: it costs nothing from there on.
 PLACES = ("before the encoder", "after the projector", "at decoder layer")
 
 # What tells one shape from another; runs of one shape are held out together.

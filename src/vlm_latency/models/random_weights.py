@@ -15,8 +15,8 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# With every matrix at 1/√fan-in, attention averages its whole context: all tokens drown in one
-# direction, and the model says the same word for ever. So attention is made to choose (sharper
+# With every matrix at 1/√fan-in, attention averages its whole context: hidden states of all
+# positions align, and greedy decoding repeats one token. So attention is made to choose (sharper
 # scores) and to add less, and the MLP, which sees one token alone, to add more.
 _GAIN = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 0.3, "out_proj": 0.3, "down_proj": 2.0, "fc2": 2.0}
 _SHARPENED_NORMS = ("q_norm", "k_norm")

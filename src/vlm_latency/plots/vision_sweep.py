@@ -43,7 +43,7 @@ def vision_tokens_vs_latency(
     """Draw total, prefill and components against vision tokens, every run a point.
 
     Grids of the same number of crops but different tokens (`pair`) are open diamonds joined by a
-    dotted line: what the encoder does not feel and the decoder does.
+    dotted line: between them the encoder does the same work, the decoder more.
 
     Parameters
     ----------

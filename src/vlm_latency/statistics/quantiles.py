@@ -189,7 +189,7 @@ def _probability(q: float) -> float:
 
 
 def _effective_n(values: Floats, p: float, codes: NDArray[np.int64], level: float) -> int:
-    """Return how many independent values would know the shares at most p and at most 1/2 as well.
+    """Return the effective sample size for the shares at or below the quantile p and the median.
 
     Few values in the tail know little of their design effect: the median's bounds it.
     """

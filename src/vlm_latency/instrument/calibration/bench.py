@@ -73,7 +73,7 @@ class Bench:
         enough: Callable[[], bool] = lambda: False,
         seconds: float | None = None,
     ) -> Iterator[int]:
-        """Count rounds: until they are enough, or the time is up; never fewer than ``at_least``.
+        """Yield the numbers of the rounds until enough are done or the time is up, at least ``at_least``.
 
         Parameters
         ----------
