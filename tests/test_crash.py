@@ -65,9 +65,10 @@ environment = {"fingerprint": "aa", "conditions": {"model": "null"}}
 def measure():
     log = RecordLog(filepath=str(folder / "journal"))
     model = ModelHandle(options.model)
-    for chunk in nodes.measure(options, requests, model, source, environment, log.load()):
+    plan = nodes.plan_runs(options, requests)
+    for chunk in nodes.measure(options, requests, plan, model, source, environment, log.load()):
         log.save(chunk)
-    table, _ = nodes.collect(options, requests, environment, log.load())
+    table, _ = nodes.collect(options, plan, environment, log.load())
     table.to_parquet(folder / "table.parquet")
     assert "torch" not in sys.modules
 

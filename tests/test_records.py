@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from vlm_latency.records import (
     MEASURED_COLUMNS,
     REQUEST_COLUMNS,
+    STAGES,
+    Column,
+    columns_page,
     measured_table,
     typed,
     with_hashes,
@@ -72,3 +77,19 @@ def test_typing_keeps_what_is_further_and_fills_what_is_missing() -> None:
 def test_runs_come_in_the_order_they_were_measured() -> None:
     rows = [{"request_id": "b", "order_index": 1}, {"request_id": "a", "order_index": 0}]
     assert measured_table(rows)["request_id"].tolist() == ["a", "b"]
+
+
+def test_the_page_of_columns_is_current() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "columns.md").read_text(encoding="utf-8")
+    assert page == columns_page(), "python -m vlm_latency.records > docs/columns.md"
+
+
+def test_every_column_is_declared_once_and_explained() -> None:
+    declared: dict[str, Column] = {}
+    for groups in STAGES.values():
+        for columns in groups.values():
+            for name, column in columns.items():
+                assert column.meaning
+                assert declared.setdefault(name, column) is column, f"{name} is declared twice"
+    times = [column for column in declared.values() if column.name.startswith("T_")]
+    assert {column.unit for column in times} == {"ms"}

@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import DataError, UserError
-from vlm_latency.instrument.protocol import Fetch, interleave
-from vlm_latency.models import load
+from vlm_latency.instrument.protocol import interleave
+from vlm_latency.instrument.session import Fetch
+from vlm_latency.models import load, thread_count
 from vlm_latency.options import MeasurementOptions, Options
 from vlm_latency.records import REQUEST_COLUMNS, measured_table, typed, with_hashes
 from vlm_latency.statistics import Estimate, TableComparison, compare_tables, percentile
@@ -362,7 +363,7 @@ def _run(
 ) -> dict[str, pd.DataFrame]:
     """The records of each model."""
     template = Options.from_parameters({"prompt": {"template": prompt}}).prompt.template
-    threads = {vlm.options.num_threads for vlm in vlms.values()}
+    threads = {thread_count(vlm.options, str(vlm.device)) for vlm in vlms.values()}
     if len(threads) > 1:
         raise UserError(
             f"found models loaded with num_threads {sorted(threads)}; expected one number for all: "

@@ -58,7 +58,8 @@ class ModelOptions(Group):
     max_crops: Annotated[int, Field(ge=1)] | None = None  # tiles; None = the model's own
     seed: int = 0
     trust_remote_code: bool = False
-    num_threads: Annotated[int, Field(ge=1)] = 1  # CPU threads while measuring
+    # CPU threads while measuring; None = one on a CPU, torch's default beside a GPU
+    num_threads: Annotated[int, Field(ge=1)] | None = None
     null_sleep_ms: Annotated[float, Field(ge=0)] = 0.0  # null-model only: how long a run takes
 
 
@@ -116,6 +117,10 @@ class MeasurementOptions(Group):
     warmup: Annotated[Literal["plateau", "fixed"], BY_PROTOCOL] = "plateau"
     warmup_runs: Annotated[int, Field(ge=0)] = 3  # fixed: this many; plateau: at least this many
     warmup_max_runs: Annotated[int, Field(ge=1)] = 20
+    # warm: lengths are visited before they are measured where new ones cost (unless warmup_runs
+    # is 0); cold: first visits stay in
+    lengths: Annotated[Literal["warm", "cold"], BY_PROTOCOL] = "warm"
+    nvtx: bool = False  # NVTX ranges around the components (Nsight Systems)
     # requests measured once more, to know the noise
     noise_repeats: Annotated[int, Field(ge=0), BY_PROTOCOL] = 0
     resume: bool = True
@@ -192,13 +197,23 @@ class CompareOptions(Group):
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "exact": {
         "sampling": {"order": "random", "equal_crop_pairs": True},
-        "measurement": {"method": "timeline", "order": "blocks", "warmup": "plateau"},
+        "measurement": {
+            "method": "timeline",
+            "order": "blocks",
+            "warmup": "plateau",
+            "lengths": "warm",
+        },
         "flops": {"estimator": "analytic"},
         "figures": {"vision_axis": "tokens"},
     },
     "seed": {
         "sampling": {"order": "first", "equal_crop_pairs": False},
-        "measurement": {"method": "subtraction", "order": "ascending", "warmup": "fixed"},
+        "measurement": {
+            "method": "subtraction",
+            "order": "ascending",
+            "warmup": "fixed",
+            "lengths": "cold",
+        },
         "flops": {"estimator": "parameter_rule"},
         "figures": {"vision_axis": "patches"},
     },

@@ -103,6 +103,12 @@ def _smolvlm(text: dict, vision: dict) -> tuple[Any, int, dict]:
 FAMILIES = {"llava": _llava, "qwen2_5_vl": _qwen, "internvl": _internvl, "smolvlm": _smolvlm}
 
 
+def set_threads(count: int) -> int:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    return before
+
+
 def wrap(name: str) -> tuple[Any, Prepared]:
     """A tiny model as the instrument sees it, and one prepared request."""
     model, inputs = tiny(name)
@@ -111,6 +117,8 @@ def wrap(name: str) -> tuple[Any, Prepared]:
         components=find_components(model).resolve(model),
         device=torch.device("cpu"),
         dtype=torch.float32,
+        meter=lambda make: make(vlm),
+        set_threads=set_threads,
     )
     return vlm, Prepared(inputs)
 

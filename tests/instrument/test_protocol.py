@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_latency.errors import DataError, MeasurementError
-from vlm_latency.instrument import protocol
-from vlm_latency.instrument.protocol import SessionLog, measure, output_rule, plan, plateau
+from vlm_latency.instrument import session
+from vlm_latency.instrument.plan import output_rule, plan
+from vlm_latency.instrument.protocol import measure
+from vlm_latency.instrument.session import Session, SessionLog
+from vlm_latency.instrument.warmup import plateau
 from vlm_latency.options import MeasurementOptions, ModelOptions
 from vlm_latency.records import COMPONENTS, MEASURED_COLUMNS, measured_table
 
-EXACT = {"method": "timeline", "order": "blocks", "warmup": "plateau"}
+EXACT = {"method": "timeline", "order": "blocks", "warmup": "plateau", "lengths": "cold"}
 
 
 def options(**changes: Any) -> MeasurementOptions:
@@ -73,8 +76,11 @@ class Paper:
         self._shape = shape or (lambda *_: counts())
         self.architecture = SimpleNamespace(image_tokens=self._shape)
 
-    def meter(self) -> Paper:
+    def meter(self, make: Any) -> Paper:
         return self
+
+    def set_threads(self, count: int) -> int:
+        return count
 
     def prepare(self, image: Image.Image, prompt: str) -> Any:
         self.prompts.append(prompt)
@@ -98,7 +104,7 @@ class Paper:
         total = self._times()
         return SimpleNamespace(
             times={"T_total": total}, token_ids=[7] * tokens, peak_memory_bytes=None,
-            kv_cache_bytes=12, timed_ms=total,
+            kv_cache_bytes=12, timed_ms=total, prefill_length=None,
         )  # fmt: skip
 
 
@@ -280,17 +286,19 @@ def test_bytes_are_fetched_once_per_image_and_decoded_every_time() -> None:
 
 
 def test_the_cache_of_bytes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "IMAGE_CACHE_BYTES", 10)
+    monkeypatch.setattr(session, "IMAGE_CACHE_BYTES", 10)
     fetched: list[str] = []
 
     def fetch(request: Any) -> bytes:
         fetched.append(request["image_path"])
         return b"1234"
 
-    cache = protocol._ByteCache(fetch)
+    cache = session.cached(fetch)
     for name in "aabcab":
         assert cache({"image_path": name}) == b"1234"
     assert fetched == ["a", "b", "c", "a", "b"]
+    monkeypatch.setattr(session, "IMAGE_CACHE_BYTES", 3)
+    assert session.cached(fetch)({"image_path": "larger than all of it"}) == b"1234"
 
 
 def test_every_shape_is_warmed_the_largest_first_with_short_outputs() -> None:
@@ -424,10 +432,10 @@ def test_real_models_are_measured_with_the_chosen_threads(llava: Any) -> None:
 def test_one_cache_length_fits_every_run(engine: str) -> None:
     vlm = Paper()
     vlm.options = ModelOptions(name="paper", engine=engine)
-    session = protocol.Session(vlm, options(), picture, "{question}", SessionLog())
+    open_session = Session(vlm, options(), picture, "{question}", SessionLog())
     rows = table(3, output_length=["3", "200", "9"]).to_dict("records")
-    assert session._cache_length(rows) == 320  # 16 + 2 + 3 + 200 tokens, to 64, and 64 more
-    session.close()
+    assert open_session._cache_length(rows) == 320  # 16 + 2 + 3 + 200 tokens, to 64, and 64 more
+    open_session.close()
 
 
 def test_a_command_that_goes_on_keeps_the_cache_length(monkeypatch: Any) -> None:
@@ -436,16 +444,13 @@ def test_a_command_that_goes_on_keeps_the_cache_length(monkeypatch: Any) -> None
 
     def make_meter(vlm: Any, method: str, engine: str, length: int) -> Any:
         lengths.append(length)
-        return paper.meter()
+        return paper
 
     monkeypatch.setattr("vlm_latency.instrument.methods.make_meter", make_meter)
     paper = Paper()
     paper.options = ModelOptions(name="paper", engine="static")
-    methods = {
-        name: getattr(paper, name) for name in ("prepare", "place", "decode", "count_tokens")
-    }
-    without_meter = SimpleNamespace(**vars(paper), **methods)
+    paper.meter = lambda make: make(paper)
     requests = table(3, output_length=["3", "200", "9"])
     for done in (set(), {("r1", 0)}):
-        run(without_meter, requests, options(), done=done)
+        run(paper, requests, options(), done=done)
     assert lengths == [320, 320]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlm_latency.instrument.protocol import SessionLog, measure
+from vlm_latency.instrument.protocol import measure
+from vlm_latency.instrument.session import SessionLog
 from vlm_latency.models import load
 from vlm_latency.options import MeasurementOptions, ModelOptions
 from vlm_latency.records import COMPONENTS, MEASURED_COLUMNS, measured_table

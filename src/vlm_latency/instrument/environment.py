@@ -30,10 +30,14 @@ ROOT = Path(vlm_latency.__file__).parent
 # measurement; so may the zoo, whose entries are in the conditions themselves.
 MEASURING_CODE = (
     "instrument/clock.py",
+    "instrument/lengths.py",
     "instrument/methods.py",
     "instrument/noise.py",
+    "instrument/plan.py",
     "instrument/protocol.py",
+    "instrument/session.py",
     "instrument/timeline.py",
+    "instrument/warmup.py",
     "models/*.py",
     "models/tokenizer.json",
     "molmo/*.py",
@@ -48,6 +52,8 @@ _RUN_SETTINGS = (
     "warmup",
     "warmup_runs",
     "warmup_max_runs",
+    "lengths",
+    "nvtx",
 )
 
 
@@ -127,7 +133,7 @@ def code_hash() -> str:
 
 
 def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
-    from vlm_latency.models import dtype_name, resolve_device, weights_kind
+    from vlm_latency.models import dtype_name, resolve_device, thread_count, weights_kind
 
     kind = weights_kind(options)
     config = json.dumps(architecture.config, sort_keys=True, default=str).encode()
@@ -146,7 +152,7 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
         "engine": options.engine,
         "cache": "dynamic" if options.engine == "eager" else "static",
         "max_crops": options.max_crops,
-        "num_threads": options.num_threads,
+        "num_threads": thread_count(options),
     }
 
 
@@ -259,8 +265,9 @@ def _commit() -> dict[str, Any]:
 
 def _line(hardware: dict[str, Any], software: dict[str, Any], model: dict[str, Any]) -> str:
     threads = model["num_threads"]
-    where = hardware.get("gpu") or (
-        f"{hardware['cpu']}, {threads} of {hardware['logical_cores']} cores"
+    cores = f"{threads} of {hardware['logical_cores']} cores"
+    where = (
+        f"{hardware['gpu']} beside {cores}" if "gpu" in hardware else f"{hardware['cpu']}, {cores}"
     )
     parts = [where, model["dtype"], model["attn_implementation"], model["engine"]]
     parts += [f"{name} {software[name]}" for name in ("torch", "transformers") if name in software]

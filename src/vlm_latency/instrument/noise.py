@@ -15,6 +15,7 @@ except ImportError:  # Windows
 
 STAT = Path("/proc/stat")
 SECONDS_BETWEEN_GPU_SAMPLES = 1.0
+CANARY_STEPS = 1500  # about 0.1 ms of plain Python
 
 # NVML's bits for clocks below what was asked for, without those of an idle GPU or a chosen clock.
 THROTTLE_REASONS = {
@@ -24,6 +25,15 @@ THROTTLE_REASONS = {
     0x40: "hw_thermal_slowdown",
     0x80: "hw_power_brake_slowdown",
 }
+
+
+def host_canary_ms() -> float:
+    """Time a fixed piece of work on the host: how fast the host is right now, in milliseconds."""
+    start = time.perf_counter_ns()
+    value = 1
+    for _ in range(CANARY_STEPS):
+        value = value * 1103515245 + 12345 & 0x7FFFFFFF
+    return (time.perf_counter_ns() - start) / 1e6
 
 
 class NoiseProbe:

@@ -14,6 +14,7 @@ from vlm_latency.models.handle import (
     known_models,
     load,
     resolve_device,
+    thread_count,
 )
 from vlm_latency.models.zoo import weights_kind
 
@@ -24,6 +25,7 @@ __all__ = [
     "known_models",
     "load",
     "resolve_device",
+    "thread_count",
     "weights_kind",
 ]
 

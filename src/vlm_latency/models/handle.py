@@ -78,6 +78,17 @@ def dtype_name(options: ModelOptions) -> str:
     return str(room.resolve_dtype(options, room.resolve_device(options))).removeprefix("torch.")
 
 
+def thread_count(options: ModelOptions, device: str | None = None) -> int:
+    """CPU threads while measuring: as asked for, or one on a CPU and torch's default beside a GPU."""
+    if options.num_threads is not None:
+        return options.num_threads
+    if (device or resolve_device(options)).startswith("cpu"):
+        return 1
+    import torch
+
+    return torch.get_num_threads()
+
+
 def known_models(zoo_file: str | None = None) -> list[str]:
     """The zoo's names, with those of a user's own zoo file."""
     return sorted(load_zoo(zoo_file).models)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FEWEST_RUNS = 5
 # Nothing within 1 % of its shape's median is an outlier, however steady the others are.
 SMALLEST_EXCESS = 0.01
+# A host whose fixed piece of work takes this much longer than its median is slow: it varies by 10 %.
+SLOW_HOST = 1.25
 # A clock that runs this much under the median of the run has dropped.
 CLOCK_DROP = 0.97
 
@@ -25,8 +27,9 @@ def mark_outliers(
     value: str = "T_total",
     by: Sequence[str] = ("num_crops", "num_output_tokens"),
     k: float = 5.0,
+    lengths_cost: bool = True,
 ) -> pd.DataFrame:
-    """Mark the runs that took much longer than others of their shape, with their likely cause.
+    """Mark the runs that took much longer than others of their shape, and what disturbed a run.
 
     Parameters
     ----------
@@ -40,16 +43,21 @@ def mark_outliers(
         A run is an outlier above median + k · MAD of its shape (MAD scaled by 1.4826 to the
         standard deviation of a normal distribution), and at least 1 % above the median. A shape
         of fewer than 5 runs has no outliers.
+    lengths_cost : bool
+        Whether a length that is met for the first time may cost time here.
 
     Returns
     -------
     DataFrame
-        Index of `df`; columns `outlier` (bool) and `outlier_cause` (None for the others). The
-        cause is the first that applies of "first of shape" (`first_of_shape`), "clock drop or
-        throttling" (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty),
-        "involuntary context switches" (`involuntary_switches`) and "steal time" (`steal_ms`),
-        both more than usual for its shape by the same rule, else "unexplained". Absent columns
-        explain nothing.
+        Index of `df`; columns `outlier` (bool) and `outlier_cause`: what disturbed the run,
+        whether it was slow for it or not. The cause comes from columns that hold no time of the
+        run itself, and is the first that applies of "first of shape" (`first_of_shape`), "first
+        visit of a length" (`first_of_length`, `new_kv_lengths`), "clock drop or throttling"
+        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty), "slow host"
+        (`host_canary_ms` above 125 % of its median), "involuntary context switches"
+        (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for its shape
+        by the same rule; "unexplained" for an outlier without any, None for other runs. Absent
+        columns explain nothing.
 
     Raises
     ------
@@ -84,17 +92,24 @@ def mark_outliers(
     causes: dict[str, pd.Series] = {}
     if "first_of_shape" in df:
         causes["first of shape"] = df["first_of_shape"].fillna(False).astype(bool)
+    if lengths_cost and "first_of_length" in df:
+        new = df["first_of_length"].fillna(False).astype(bool)
+        if "new_kv_lengths" in df:
+            new |= (df["new_kv_lengths"] > 0).fillna(False).astype(bool)
+        causes["first visit of a length"] = new
     causes["clock drop or throttling"] = _slow_clock(df)
+    if "host_canary_ms" in df:
+        canary = df["host_canary_ms"].astype(float)
+        causes["slow host"] = canary > SLOW_HOST * canary.median()
     for name, cause in (
         ("involuntary_switches", "involuntary context switches"),
         ("steal_ms", "steal time"),
     ):
         if name in df:
             causes[cause] = unusual(name, lambda median: 0 * median)
-    why = np.select([outlier & found for found in causes.values()], list(causes), "unexplained")
-    return pd.DataFrame(
-        {"outlier": outlier, "outlier_cause": pd.Series(why, df.index, object).where(outlier, None)}
-    )
+    why = pd.Series(np.select(list(causes.values()), list(causes), "unexplained"), df.index, object)
+    told = outlier | (why != "unexplained")
+    return pd.DataFrame({"outlier": outlier, "outlier_cause": why.where(told, None)})
 
 
 def _slow_clock(df: pd.DataFrame) -> pd.Series:

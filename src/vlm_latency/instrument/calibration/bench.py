@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vlm_latency.instrument.methods import Meter, Reading
-from vlm_latency.instrument.protocol import Session
+from vlm_latency.instrument.session import Session
 
 AA_TOKENS = 8  # length of the text-only prompt of the A/A comparisons
 ROUNDS_PER_LOOK = 5  # between two looks at whether the interval is narrow enough

@@ -19,7 +19,8 @@ from vlm_latency.instrument.calibration.proofs import false_alarms, methods, ove
 from vlm_latency.instrument.calibration.verdict import verdict
 from vlm_latency.instrument.ceilings import ceilings
 from vlm_latency.instrument.clock import resolution_ns
-from vlm_latency.instrument.protocol import Fetch, Session, SessionLog, undisturbed
+from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
+from vlm_latency.models import thread_count
 from vlm_latency.options import CalibrationOptions, MeasurementOptions
 from vlm_latency.vqa.images import noise_recipe
 
@@ -99,7 +100,11 @@ def calibrate(
         alarms = prove("a_a", partial(false_alarms, bench, options))
         compared = prove("methods", partial(methods, bench, others))
     if known_ceilings is None:
-        asked = (vlm.device, str(vlm.dtype).removeprefix("torch."), vlm.options.num_threads)
+        asked = (
+            vlm.device,
+            str(vlm.dtype).removeprefix("torch."),
+            thread_count(vlm.options, str(vlm.device)),
+        )
         known_ceilings = prove("ceilings", partial(ceilings, *asked, options.ceiling_seconds))
     found |= {
         "injections": truth.pop("injections"),

@@ -35,8 +35,10 @@ def measure_ceilings(
     if model.architecture.simulated:
         return {}
     from vlm_latency.instrument.ceilings import ceilings
+    from vlm_latency.models import thread_count
 
-    device, dtype, threads = model.device, model.dtype, model.options.num_threads
+    device, dtype = model.device, model.dtype
+    threads = thread_count(model.options, device)
     asked = {"device": device, "dtype": dtype, "threads": threads}
     if known and asked.items() <= known.items():
         return known

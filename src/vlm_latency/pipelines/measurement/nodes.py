@@ -50,22 +50,40 @@ def describe_environment(
     return {**found, "fingerprint": fingerprint(found["conditions"])}
 
 
+def plan_runs(options: ExperimentOptions, requests: pd.DataFrame) -> pd.DataFrame:
+    """List the runs of an experiment in the order in which they are made, once for all.
+
+    Returns
+    -------
+    DataFrame
+        As `instrument.plan.plan`, with what the journal knows a request by.
+    """
+    from vlm_latency.instrument.plan import plan
+
+    runs = plan(requests, options.measurement).merge(
+        requests[["request_id", "request_sha256"]], on="request_id"
+    )
+    return typed(runs, {name: MEASURED_COLUMNS[name] for name in RUN})
+
+
 def measure(
     options: ExperimentOptions,
     requests: pd.DataFrame,
+    plan: pd.DataFrame,
     model: ModelHandle,
     questions: QuestionSource,
     environment: dict[str, Any],
     journal: Journal,
 ) -> Iterator[Chunk]:
-    """Measure the runs that the journal does not hold yet.
+    """Measure the planned runs that the journal does not hold yet.
 
     Yields
     ------
     Chunk
         Runs as they finish; each chunk is on the disk before the next run starts.
     """
-    from vlm_latency.instrument.protocol import SessionLog, measure, plan
+    from vlm_latency.instrument.protocol import measure
+    from vlm_latency.instrument.session import SessionLog
     from vlm_latency.vqa import image_bytes
 
     mark = environment["fingerprint"]
@@ -81,15 +99,14 @@ def measure(
             _difference(journal.conditions(other), environment["conditions"]),
         )
     finished = journal.read(mark)
-    planned = _planned(requests, plan(requests, options.measurement))
-    held = planned.merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
+    held = plan[RUN].merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
-    if len(held) == len(planned):
+    if len(held) == len(plan):
         log.info(
             "%s: all %d runs were measured before; reporting again without measuring "
             "(measurement.resume=false measures afresh)",
             name,
-            len(planned),
+            len(plan),
         )
         return
     if len(held) and options.measurement.allow_partial:
@@ -97,16 +114,17 @@ def measure(
             "%s: reporting on %d of %d runs, nothing more is measured (measurement.allow_partial)",
             name,
             len(held),
-            len(planned),
+            len(plan),
         )
         return
     if len(held):
-        log.info("%s: continuing, %d of %d runs are done", name, len(held), len(planned))
+        log.info("%s: continuing, %d of %d runs are done", name, len(held), len(plan))
     session = SessionLog()
     for rows in measure(
         model.vlm,
         requests,
         options.measurement,
+        planned=plan,
         done=done,
         fetch=lambda row: image_bytes(row, questions.root),
         template=options.prompt.template,
@@ -120,11 +138,11 @@ def measure(
 
 def collect(
     options: ExperimentOptions,
-    requests: pd.DataFrame,
+    plan: pd.DataFrame,
     environment: dict[str, Any],
     journal: Journal,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Gather the runs of these requests, and refuse to go on with a part of them.
+    """Gather the planned runs, and refuse to go on with a part of them.
 
     Returns
     -------
@@ -132,23 +150,24 @@ def collect(
         Columns ``records.MEASURED_COLUMNS`` and ``outlier``, ``outlier_cause``; one row per run, in
         the order of measuring.
     coverage : dict
-        How many runs were planned, measured and failed, and what the commands said at their end.
+        How many runs were planned, measured and failed, what the commands said at their end, and
+        what new lengths cost (`instrument.lengths.summary`).
 
     Raises
     ------
     MeasurementError
         When runs are missing and ``measurement.allow_partial`` is not set.
     """
-    from vlm_latency.instrument.protocol import plan
+    from vlm_latency.instrument.lengths import summary
+    from vlm_latency.statistics import mark_outliers
 
-    planned = _planned(requests, plan(requests, options.measurement))
-    runs = journal.read(environment["fingerprint"]).merge(planned, on=RUN)
+    runs = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
     runs = runs.sort_values("order_index", kind="stable", ignore_index=True)
-    missing = len(planned) - len(runs)
+    missing = len(plan) - len(runs)
     name = options.experiment
     if missing and not options.measurement.allow_partial:
         raise MeasurementError(
-            f"{len(runs)} of {len(planned)} runs of {name} are measured; run 'kedro run --pipeline "
+            f"{len(runs)} of {len(plan)} runs of {name} are measured; run 'kedro run --pipeline "
             f"{name}' again with the same parameters to measure the other {missing}, or report on "
             "the part with measurement.allow_partial=true"
         )
@@ -156,26 +175,19 @@ def collect(
         raise MeasurementError(f"{name}: no run succeeded; nothing to report")
     failed = runs[runs["status"] == "failed"]
     reasons = failed["error"].value_counts().head(5)
+    sessions = journal.sessions(environment["fingerprint"])
+    lengths = summary(runs, sessions)
     coverage = {
-        "planned": len(planned),
+        "planned": len(plan),
         "measured": len(runs) - len(failed),
         "failed": len(failed),
         "missing": missing,
         "partial": bool(missing),
         "failures": {str(reason): int(count) for reason, count in reasons.items()},
-        "sessions": journal.sessions(environment["fingerprint"]),
+        "sessions": sessions,
+        "lengths": lengths,
     }
-    from vlm_latency.statistics import mark_outliers
-
-    return runs.join(mark_outliers(runs)), coverage
-
-
-def _planned(requests: pd.DataFrame, order: pd.DataFrame) -> pd.DataFrame:
-    """Name the planned runs as the journal does."""
-    runs = order[["request_id", "run_index"]].merge(
-        requests[["request_id", "request_sha256"]], on="request_id"
-    )
-    return typed(runs[RUN], {name: MEASURED_COLUMNS[name] for name in RUN})
+    return runs.join(mark_outliers(runs, lengths_cost=lengths["costs"] is not False)), coverage
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

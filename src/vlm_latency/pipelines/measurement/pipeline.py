@@ -24,10 +24,17 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
                 name="describe_environment",
             ),
             node(
+                nodes.plan_runs,
+                inputs=["options", "requests"],
+                outputs="plan",
+                name="plan_runs",
+            ),
+            node(
                 nodes.measure,
                 inputs=[
                     "options",
                     "requests",
+                    "plan",
                     "model",
                     "questions",
                     "environment",
@@ -39,7 +46,7 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
             ),
             node(
                 nodes.collect,
-                inputs=["options", "requests", "environment", "journal"],
+                inputs=["options", "plan", "environment", "journal"],
                 outputs=["measurements", "coverage"],
                 name="collect",
             ),
