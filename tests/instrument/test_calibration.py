@@ -45,7 +45,8 @@ def loaded(llava: Any) -> Any:
     vlm.prepare, vlm.place = lambda image, prompt: prepared, lambda prepared: prepared
     vlm.count_tokens = len
     shape = {"num_crops": 1, "tiling_rows": 1, "num_vision_patches": 16}
-    counts = SimpleNamespace(**shape, num_vision_tokens=16, num_image_special_tokens=0)
+    tokens = {"num_vision_tokens": 16, "num_image_special_tokens": 0, "num_total_tokens": 20}
+    counts = SimpleNamespace(**shape, **tokens)
     vlm.architecture = SimpleNamespace(
         image_tokens=lambda width, height: counts,
         image_size_for=lambda rows, cols: (336, 336),

@@ -148,7 +148,7 @@ def found_in_runs(runs: pd.DataFrame) -> tuple[Novelty, Novelty]:
             first, later = same[new].iloc[0], same[~new]
             _pair(prompt, float(first["T_first_token"]), float(later["T_first_token"].median()))
             for name in PARTS:
-                if pd.notna(first[name]):
+                if pd.notna(first[name]) and pd.notna(first["T_first_token"]):
                     parts = prompt.parts.setdefault(name, [])
                     parts.append(float(first[name] - later[name].median()))
     for _, same in shown.groupby([*shape, "num_output_tokens"]):
@@ -191,5 +191,6 @@ def summary(runs: pd.DataFrame, sessions: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def _pair(novelty: Novelty, first: float, again: float) -> None:
-    novelty.first_ms.append(first)
-    novelty.again_ms.append(again)
+    if np.isfinite([first, again]).all():  # the seed's methods know no time to the first token
+        novelty.first_ms.append(first)
+        novelty.again_ms.append(again)

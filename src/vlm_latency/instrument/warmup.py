@@ -11,14 +11,12 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import log2
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
 from vlm_latency.options import MeasurementOptions
@@ -136,9 +134,8 @@ class WarmUp:
         cost = self.met.prompt_cost
         missing = ENOUGH_PAIRS - len(cost.first_ms)
         if waiting and missing > 0:
-            tried = spread(waiting, missing)
+            tried, waiting = waiting[-missing:], waiting[:-missing]  # the shortest cost least
             self._try_prompts(tried)
-            waiting = [row for row in waiting if all(row is not other for other in tried)]
         if not cost.costs:
             return
         for number, row in enumerate(waiting, 1):
@@ -291,16 +288,6 @@ def consecutive(numbers: Iterable[int]) -> list[range]:
     groups = groupby(enumerate(sorted(set(numbers))), lambda item: item[1] - item[0])
     stretches = [[number for _, number in group] for _, group in groups]
     return [range(stretch[0], stretch[-1] + 1) for stretch in stretches]
-
-
-def spread(items: Sequence[Row], count: int) -> list[Row]:
-    """Choose so many items, evenly from first to last.
-
-    >>> spread("abcdefg", 3)
-    ['a', 'd', 'g']
-    """
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in dict.fromkeys(places.tolist())]
 
 
 def survive(error: Exception) -> str:
