@@ -18,7 +18,7 @@ import pandas as pd
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.attribution import MARK, Share, attribute, ranges
 from vlm_latency.instrument.methods import Meter, Reading
-from vlm_latency.instrument.protocol import Fetch, Session, SessionLog, undisturbed
+from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.options import ExplainOptions, MeasurementOptions
 
 if TYPE_CHECKING:
