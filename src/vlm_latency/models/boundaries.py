@@ -49,7 +49,7 @@ def boundaries(
     named = _Forwards(on_open, on_close)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_around(model, named.open, named.close))
-        around = [(components.vision_encoder, ENCODER)]
+        around = [(encoder, ENCODER) for encoder in components.encoders]
         around += [(part, PROJECTOR) for part in components.projector_parts]
         for module, label in around:
             edges = functools.partial(on_open, label), functools.partial(on_close, label)

@@ -1,12 +1,15 @@
 """Which module of a model is the vision encoder, the projector, the language model and the head.
 
-transformers names them for every model (`get_encoder`, `get_decoder`, `get_output_embeddings`); the
-projector is what the base model has besides, or a merger at the encoder's end. Where that rule does
-not tell, the zoo's ``components:`` does.
+transformers names them for every model (`get_encoder`, `get_decoder`, `get_output_embeddings`). The
+projector is what the base model's ``get_image_features`` uses besides the encoder, or a merger at the
+encoder's end: a tower for audio or video, or a model that makes images, is no part of it. Where that
+rule does not tell, the zoo's ``components:`` does. What comes of it for every architecture is in
+docs/architectures.md.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_MERGERS = ("merger", "deepstack_merger_list")
+_LISTS = ("projector", "image_projector", "more_encoders")
+_MERGERS = ("merger", "deepstack_merger_list", "merger_list", "connector")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,12 @@ class Modules:
     projector: tuple[nn.Module, ...]
     language_model: nn.Module
     head: nn.Module
+    more_encoders: tuple[nn.Module, ...] = ()
+
+    @property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """Every vision encoder; most models have one."""
+        return (self.vision_encoder, *self.more_encoders)
 
     @property
     def projector_parts(self) -> tuple[nn.Module, ...]:
@@ -60,6 +70,8 @@ class Components:
         One module or more.
     image_projector
         The part of the projector behind its pooling, where the two are told apart (Molmo).
+    more_encoders
+        Further vision encoders that see the same image (DeepSeek-VL's hybrid: SigLIP and SAM).
     """
 
     vision_encoder: str
@@ -67,6 +79,7 @@ class Components:
     language_model: str
     head: str
     image_projector: tuple[str, ...] = ()
+    more_encoders: tuple[str, ...] = ()
 
     def resolve(self, model: nn.Module) -> Modules:
         """The modules at these paths in `model`."""
@@ -75,6 +88,7 @@ class Components:
             projector=tuple(model.get_submodule(path) for path in self.projector),
             language_model=model.get_submodule(self.language_model),
             head=model.get_submodule(self.head),
+            more_encoders=tuple(model.get_submodule(path) for path in self.more_encoders),
         )
 
 
@@ -94,9 +108,16 @@ def find_components(
         Where a part is not found, with the modules that were.
     """
     overrides = overrides or {}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder: its prompt goes through an encoder of its "
+            "own, which none of the components measured here is; choose a model whose decoder reads "
+            "the prompt"
+        )
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Any] = {**_by_rule(model, paths), **overrides}
-    for name in ("projector", "image_projector"):
+    for name in _LISTS:
         value = found.get(name) or ()
         found[name] = (value,) if isinstance(value, str) else tuple(value)
 
@@ -107,7 +128,7 @@ def find_components(
     known = set(paths.values())
     absent = [
         path
-        for path in (*given, *found["projector"], *found["image_projector"])
+        for path in (*given, *(path for name in _LISTS for path in found[name]))
         if path and path not in known
     ]
     if missing or absent or unknown:
@@ -130,26 +151,64 @@ def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]
     wrapped: Any = getattr(model, "get_base_model", None)
     model = wrapped() if wrapped else model
     base = model.base_model
-    encoder = model.get_encoder(modality="image")
-    decoder = model.get_decoder()
+    encoder, decoder = model.get_encoder(modality="image"), model.get_decoder()
     head = model.get_output_embeddings()
     found: dict[str, Any] = {}
-    # Both getters give the model itself where they find nothing.
-    if encoder not in (model, base):
+    # Both getters give the model itself, or nothing, where they find nothing.
+    if encoder not in (None, model, base):
         found["vision_encoder"] = paths[id(encoder)]
-    if decoder not in (model, base):
+    if decoder not in (None, model, base):
         found["language_model"] = paths[id(decoder)]
     if head is not None:
         found["head"] = paths[id(head)]
     if "vision_encoder" in found and "language_model" in found:
-        others = [
-            child
-            for child in base.children()
-            if child not in (encoder, decoder, head) and any(True for _ in child.parameters())
-        ]
+        apart = {
+            name: child
+            for name, child in base.named_children()
+            if not {encoder, decoder, head} & set(child.modules())
+            and any(True for _ in child.parameters())
+        }
+        owner = base if hasattr(base, "get_image_features") else model
+        of_image = _used(owner, "get_image_features") & set(apart)
+        towers = [name for name in of_image if _is_encoder(apart[name])]
         mergers = [child for name, child in encoder.named_children() if name in _MERGERS]
-        found["projector"] = tuple(paths[id(module)] for module in others or mergers)
+        # Some call the projector in their forward only (Llama 4, Mllama, Kosmos-2).
+        names = of_image - set(towers) or (set() if mergers else _used(base, "forward"))
+        projector = [child for name, child in apart.items() if name in names] or mergers
+        found["projector"] = tuple(paths[id(module)] for module in projector)
+        found["more_encoders"] = tuple(
+            paths[id(child)] for name, child in apart.items() if name in towers
+        )
     return found
+
+
+def _used(owner: nn.Module, method: str) -> set[str]:
+    """The names that a method of a module uses, and other methods of its that it calls."""
+    names: set[str] = set()
+    waiting = [method]
+    while waiting:
+        function = inspect.unwrap(getattr(type(owner), waiting.pop(), None) or _nothing)
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [each for each in code.co_consts if inspect.iscode(each)]
+            waiting += [
+                name
+                for name in set(code.co_names) - names
+                if name != "forward" and inspect.isfunction(getattr(type(owner), name, None))
+            ]
+            names |= set(code.co_names)
+    return names
+
+
+def _nothing() -> None: ...
+
+
+def _is_encoder(module: nn.Module) -> bool:
+    """Whether a module is a model of its own that takes pixels."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and module.main_input_name.startswith("pixel_values")
 
 
 @dataclass(frozen=True)
@@ -184,7 +243,7 @@ def count_parameters(model: PreTrainedModel, components: Components) -> Paramete
 
     everything = ids(model)
     projector = ids(*parts.projector)
-    vision = {key: n for key, n in ids(parts.vision_encoder).items() if key not in projector}
+    vision = {key: n for key, n in ids(*parts.encoders).items() if key not in projector}
     llm = ids(parts.language_model, parts.head)
     loose = set(everything) - set(vision) - set(llm) - set(projector)
     total, vision_total, llm_total = (sum(d.values()) for d in (everything, vision, llm))
