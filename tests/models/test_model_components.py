@@ -1,14 +1,16 @@
 """Which part is which, and how many parameters it has."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from vlm_latency.costs.architectures import build, table
 from vlm_latency.errors import ModelError
 from vlm_latency.models import describe, known_models
-from vlm_latency.models.components import find_components
+from vlm_latency.models.components import count_parameters, find_components
 from vlm_latency.options import ModelOptions
 
 TINY = [name for name in known_models() if name.startswith("tiny-")]
@@ -114,3 +116,65 @@ def test_refusal_says_what_was_found():
     assert "zoo_file" in str(e.value)
     found = find_components(Odd(), {"vision_encoder": "eyes", "projector": "eyes"})
     assert found.vision_encoder == "eyes"
+
+
+# ---- every architecture of transformers
+
+
+@pytest.mark.parametrize(
+    ("model_type", "encoders", "projector"),
+    [
+        # an audio tower is no projector: the merger is
+        ("qwen2_5_omni_thinker", ["model.visual"], ["model.visual.merger"]),
+        # a model that makes images is no projector
+        ("janus", ["model.vision_model"], ["model.aligner"]),
+        # a tower for videos beside the one for images
+        ("video_llava", ["model.image_tower"], ["model.multi_modal_projector"]),
+        # two encoders see one image
+        (
+            "deepseek_vl_hybrid",
+            ["model.vision_model", "model.high_res_vision_model"],
+            [
+                "model.high_res_vision_neck",
+                "model.high_res_vision_proj",
+                "model.aligner",
+            ],
+        ),
+        # a language model with its head inside is no projector
+        ("instructblip", ["vision_model"], ["qformer", "language_projection"]),
+        # called by the forward, not by get_image_features
+        ("llama4", ["vision_model"], ["multi_modal_projector"]),
+        ("mllama", ["model.vision_model"], ["model.multi_modal_projector"]),
+        ("granite_docling", ["model.vision_model"], ["model.vision_model.connector"]),
+    ],
+)
+def test_the_projector_is_what_makes_image_features(model_type, encoders, projector):
+    model = build(model_type)
+    found = find_components(model)
+    assert [found.vision_encoder, *found.more_encoders] == encoders
+    assert list(found.projector) == projector
+    counts = count_parameters(model, found)
+    modules = [model.get_submodule(path) for path in encoders]
+    inside = {id(p) for path in projector for p in model.get_submodule(path).parameters()}
+    own = {id(p): p.numel() for module in modules for p in module.parameters()}
+    assert counts.params_vision_encoder == sum(n for key, n in own.items() if key not in inside)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [
+        ("inkling_mm_model", "no projector found"),  # its audio tower is none
+        ("instructblipvideo", "takes videos and no images"),
+        ("florence2", "encoder-decoder"),
+        ("fuyu", "no vision_encoder, projector found"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused_by_name(model_type, told):
+    with pytest.raises(ModelError, match=told):
+        find_components(build(model_type))
+
+
+@pytest.mark.slow
+def test_the_page_of_architectures_is_what_the_command_makes():
+    page = Path(__file__).parents[2] / "docs" / "architectures.md"
+    assert page.read_text(encoding="utf-8") == table()

@@ -61,6 +61,8 @@ def _census(model: Any, components: Any, model_type: str) -> Census:
     embedding = model.get_input_embeddings().weight
     roots = (modules.vision_encoder, *modules.projector, modules.language_model, modules.head)
     vision, width, windows = _vision(Part(modules.vision_encoder, components.vision_encoder, roots))
+    for path in components.more_encoders:
+        vision.not_known(path, "a second vision encoder")
     projectors = [
         Part(module, path, roots)
         for module, path in zip(modules.projector, components.projector, strict=True)

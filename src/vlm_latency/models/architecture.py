@@ -381,12 +381,17 @@ def build_on_meta(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # a configuration is a user's file, and every family reads its own
         raise ModelError(
             f"a model of model_type {config.model_type!r} with attn_implementation="
-            f"{attn_implementation} cannot be built: {error}"
+            f"{attn_implementation} cannot be built: {_reason(error)}"
         ) from None
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _make_config(name: str, values: Mapping[str, Any]) -> PreTrainedConfig:

@@ -153,6 +153,8 @@ def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]
     base = model.base_model
     encoder, decoder = model.get_encoder(modality="image"), model.get_decoder()
     head = model.get_output_embeddings()
+    if head is None and hasattr(decoder, "get_output_embeddings"):
+        head = decoder.get_output_embeddings()
     found: dict[str, Any] = {}
     # Both getters give the model itself, or nothing, where they find nothing.
     if encoder not in (None, model, base):
@@ -169,11 +171,21 @@ def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]
             and any(True for _ in child.parameters())
         }
         owner = base if hasattr(base, "get_image_features") else model
+        if not hasattr(owner, "get_image_features") and hasattr(owner, "get_video_features"):
+            raise ModelError(
+                f"{type(model).__name__} takes videos and no images; choose a model for images"
+            )
         of_image = _used(owner, "get_image_features") & set(apart)
+        others = {
+            name
+            for getter in dir(type(owner))
+            if getter.startswith("get_") and getter.endswith(("audio_features", "video_features"))
+            for name in _used(owner, getter)
+        } - of_image
         towers = [name for name in of_image if _is_encoder(apart[name])]
         mergers = [child for name, child in encoder.named_children() if name in _MERGERS]
         # Some call the projector in their forward only (Llama 4, Mllama, Kosmos-2).
-        names = of_image - set(towers) or (set() if mergers else _used(base, "forward"))
+        names = of_image - set(towers) or (set() if mergers else _used(base, "forward") - others)
         projector = [child for name, child in apart.items() if name in names] or mergers
         found["projector"] = tuple(paths[id(module)] for module in projector)
         found["more_encoders"] = tuple(
