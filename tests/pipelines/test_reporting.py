@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
 from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5
+from vlm_latency.statistics import linear_fit
 
 
 @pytest.fixture
@@ -246,3 +247,34 @@ def test_the_images_of_a_sweep_are_marked_synthetic_beside_a_real_dataset() -> N
     )
     assert result["environment"]["dataset"]["synthetic"] is True
     assert any("synthetic requests" in text.get_text() for text in figure.texts)
+
+
+def test_a_request_measured_again_to_know_the_noise_counts_once() -> None:
+    records, requests = m.questions(30)
+    again = records.head(6).assign(run_index=1, T_total=1e4)
+    result, tables, _ = exp1.report(
+        m.options("exp1"),
+        pd.concat([records, again], ignore_index=True),
+        requests,
+        m.COVERAGE,
+        m.ENVIRONMENT,
+    )
+    total = result["statistics"]["T_total"]
+    assert (total.n, total.max) == (30, records["T_total"].max())
+    assert tables["by_tiling"]["n"].sum() == 30
+    assert result["statistics"]["outliers"]["of"] == 36  # marked like any other
+
+
+def test_repeats_of_a_request_are_one_cluster_of_a_line() -> None:
+    offset = pd.Series([3.0, -2.0, 1.0, -3.0, 2.0, -1.0, 2.5, -2.5])
+    x = pd.Series(range(8), dtype=float)
+    rows = pd.DataFrame(
+        {
+            "request_id": [f"r{i}" for i in range(8)] * 5,
+            "x": [*x] * 5,
+            "T_total": [*(x + offset)] * 5,  # five runs that say the same
+        }
+    )
+    found = common.fits(rows, "x", ["T_total"], [])["T_total"].slope
+    alone = linear_fit(rows["x"], rows["T_total"]).slope
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)

@@ -222,3 +222,12 @@ def test_nothing_in_common_is_an_error() -> None:
         )
     with pytest.raises(UserError, match="neither request_id nor"):
         compare_tables(pd.DataFrame({"T_total": [1.0]}), pd.DataFrame({"T_total": [1.0]}))
+
+
+def test_tokens_that_equal_the_patches_in_one_row_alone_are_tokens() -> None:
+    shapes = {"num_crops": [1, 2, 3], "num_vision_tokens": [576, 700, 800]}
+    baseline = pd.DataFrame({"request_id": list("abc"), **shapes, "T_total": [1.0, 2.0, 3.0]})
+    candidate = baseline.tail(2).assign(request_id=["x", "y"])
+    found = compare_tables(baseline, candidate, ["T_total"])
+    assert found.n_matched == 2
+    assert not any("counts patches" in note for note in found.notes)
