@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,7 +75,9 @@ def mark_outliers(
     5     True    steal time
     """
     import pandas as pd
+    from scipy.stats import median_abs_deviation
 
+    spread = partial(median_abs_deviation, scale="normal", nan_policy="omit")
     if value not in df:
         raise DataError(f"no column {value} in the table; found {', '.join(map(str, df.columns))}")
     keys = [name for name in by if name in df]
@@ -83,7 +86,7 @@ def mark_outliers(
     def unusual(name: str, smallest: Callable[[pd.Series], pd.Series]) -> pd.Series:
         column = df[name].astype(float)
         median = column.groupby(shape).transform("median")
-        deviation = (column - median).abs().groupby(shape).transform("median") * 1.4826
+        deviation = column.groupby(shape).transform(spread)
         excess = np.maximum(k * deviation, smallest(median))
         runs = column.groupby(shape).transform("count")
         return (column > median + excess) & (runs >= FEWEST_RUNS)
