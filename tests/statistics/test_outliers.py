@@ -70,3 +70,9 @@ def test_what_was_not_measured_is_not_marked() -> None:
     assert not marks["outlier"].any()
     with pytest.raises(UserError, match="no column T_x"):
         mark_outliers(shape(), "T_x")
+
+
+def test_a_shape_of_failed_runs_alone_is_no_outlier() -> None:
+    latency = [np.nan] * 6 + [1.0, 1.01, 1.02, 1.0, 1.0, 9.0]
+    table = pd.DataFrame({"T_total": latency, "num_crops": [1] * 6 + [2] * 6})
+    assert mark_outliers(table)["outlier"].tolist() == [False] * 11 + [True]

@@ -77,7 +77,7 @@ def mark_outliers(
     import pandas as pd
     from scipy.stats import median_abs_deviation
 
-    spread = partial(median_abs_deviation, scale="normal", nan_policy="omit")
+    spread = partial(median_abs_deviation, scale="normal")
     if value not in df:
         raise DataError(f"no column {value} in the table; found {', '.join(map(str, df.columns))}")
     keys = [name for name in by if name in df]
@@ -86,7 +86,7 @@ def mark_outliers(
     def unusual(name: str, smallest: Callable[[pd.Series], pd.Series]) -> pd.Series:
         column = df[name].astype(float)
         median = column.groupby(shape).transform("median")
-        deviation = column.groupby(shape).transform(spread)
+        deviation = column.dropna().groupby(shape).transform(spread).reindex_like(column)
         excess = np.maximum(k * deviation, smallest(median))
         runs = column.groupby(shape).transform("count")
         return (column > median + excess) & (runs >= FEWEST_RUNS)
