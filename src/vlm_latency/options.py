@@ -190,6 +190,8 @@ class CompareOptions(Group):
     candidate: str | None = None
     runs: Words | None = None
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    # What a machine may drift between two sessions: a smaller difference is undecided.
+    drift: Annotated[float, Field(ge=0, lt=1)] = 0.1
     fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
 
 

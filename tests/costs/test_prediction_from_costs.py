@@ -1,5 +1,7 @@
 """Predictors against latencies of which the law is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,11 +15,12 @@ from vlm_latency.costs.prediction import (
     predictors,
     pruning_table,
     roofline_terms,
+    shapes,
     workload_columns,
 )
 from vlm_latency.costs.table import cost_columns
 from vlm_latency.errors import UserError
-from vlm_latency.statistics import cross_validate
+from vlm_latency.statistics import Estimate, cross_validate
 
 MACHINE = Hardware.from_ceilings(
     {"flops_per_s": 1e9, "bytes_per_s": 1e9, "launch_overhead_us": 2.0}
@@ -93,18 +96,34 @@ def test_results_of_others_have_no_roofline(entries: pd.DataFrame) -> None:
 
 
 def test_noise_widens_the_interval(entries: pd.DataFrame) -> None:
-    noisy = pd.concat([entries] * 4, ignore_index=True)
+    assert calibrate_predictor(entries, MACHINE, "float32").interval.note == (
+        "an interval needs 19 shapes, found 15"
+    )
+    longer = entries.assign(num_total_tokens=2 * entries["num_total_tokens"])
+    noisy = pd.concat([entries, longer] * 2, ignore_index=True)
     factor = np.exp(np.random.default_rng(0).normal(0, 0.1, len(noisy)))
     noisy[[*TIMES, "T_total"]] = noisy[[*TIMES, "T_total"]].mul(factor, axis=0)
     found = calibrate_predictor(noisy, MACHINE, "float32")
-    assert found.num_shapes == 15
-    assert found.low is not None
-    assert found.high is not None
-    assert 0.7 < found.low < 0.95
-    assert 1.05 < found.high < 1.4
+    assert found.num_shapes == 30
+    assert 0.6 < found.interval.low < 0.95
+    assert 1.05 < found.interval.high < 1.6
+    assert "one request" in found.interval.method
     predicted = found.predict(noisy)
     inside = noisy["T_total"].between(predicted["T_total_low"], predicted["T_total_high"])
     assert inside.mean() > 0.9
+
+
+def test_near_twins_are_one_shape() -> None:
+    table = pd.DataFrame(
+        {
+            "num_crops": 7,
+            "num_vision_tokens": 704,
+            "num_total_tokens": [760, 755, 757, 900, 755],
+            "num_output_tokens": [8, 8, 8, 8, 16],
+        }
+    )
+    assert shapes(table).tolist() == [0, 0, 0, 1, 2]
+    assert shapes(table.drop(columns="num_total_tokens")).tolist() == [0, 0, 0, 0, 1]
 
 
 def test_what_a_calibration_needs(entries: pd.DataFrame) -> None:
@@ -122,7 +141,10 @@ def test_a_workload_with_its_composition(by_hand: CostModel, predictor: Predicto
     assert found["num_total_tokens"] == 13
     assert found["T_total"] == pytest.approx(sum(found[name] for name in TIMES))
     assert found["T_first_token"] == pytest.approx(found["T_total"] - found["T_LLM_decode"])
-    assert found["T_total_low"] <= found["T_total"] <= found["T_total_high"]
+    assert found["T_total_low"] is None  # 15 shapes are too few
+    unit = Estimate(1.0, 0.5, 2.0, 0.95, 60, "")
+    bounded = predict_workload(by_hand, replace(predictor, interval=unit), 28, 28, 9, 5)
+    assert bounded["T_total_low"] == pytest.approx(found["T_total"] / 2)
     assert set(found["binds"]) == set(PARTS)
     assert found["predicted_kv_cache_bytes"] == (13 + 4) * 2 * 2 * 8 * 4
 

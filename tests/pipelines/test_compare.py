@@ -33,6 +33,15 @@ def compare(*folders: Path, **options: Any) -> dict[str, Any]:
     return dict(plain(result))  # as it is read from disk
 
 
+def changed(folder: Path) -> Path:
+    """Say that a run was measured on another machine."""
+    for path in folder.glob("*/*.json"):
+        data = json.loads(path.read_text())
+        data["environment"]["conditions"]["hardware"]["cpu"] = "another"
+        path.write_text(json.dumps(data))
+    return folder
+
+
 def test_a_run_with_itself_is_the_same(tmp_path: Path) -> None:
     folder = m.write_run(tmp_path / "a")
     result = compare(folder, folder)
@@ -40,15 +49,39 @@ def test_a_run_with_itself_is_the_same(tmp_path: Path) -> None:
     assert result["runs"] == ["a (2)"]
 
 
-def test_a_slowdown_of_ten_percent_is_found(tmp_path: Path) -> None:
+def test_a_slowdown_beyond_the_drift_is_found(tmp_path: Path) -> None:
     before = m.write_run(tmp_path / "before", seed=1)
-    after = m.write_run(tmp_path / "after", scale=1.1, seed=2)
-    result = compare(before, after)
+    after = changed(m.write_run(tmp_path / "after", scale=1.1, seed=2))
+    assert set(compare(before, after)["verdicts"].values()) == {"UNDECIDED"}
+    result = compare(before, after, drift=0.02)
     assert set(result["verdicts"].values()) == {"SLOWER"}
-    ratio = result["comparisons"]["after: exp1"]["components"]["T_total"]["ratio"]
-    assert ratio["low"] < 1.1 < ratio["high"]
-    assert result["environment_differences"] == {"after": {}}
+    total = result["comparisons"]["after: exp1"]["components"]["T_total"]
+    assert total["ratio"]["low"] < 1.1 < total["ratio"]["high"]
+    assert "a drift of up to 2%" in total["note"]
     assert result["environment"]["line"] == "made up"
+
+
+def test_the_same_configuration_is_never_faster(tmp_path: Path) -> None:
+    before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b", scale=0.8, seed=2)
+    result = compare(before, after)
+    assert set(result["verdicts"].values()) == {"UNDECIDED"}
+    assert result["environment_differences"] == {"b": {}}
+    notes = result["comparisons"]["b: exp1"]["notes"]
+    assert "the same configuration: what differs is drift, × 0.80" in notes
+
+
+def test_repeated_sessions_tell_the_drift(tmp_path: Path) -> None:
+    folders = [
+        m.write_run(tmp_path / name, scale, seed=i)
+        for i, (name, scale) in enumerate((("a", 1), ("b", 1.01), ("c", 0.99), ("d", 1.08)))
+    ]
+    changed(folders[-1])
+    result = compare(*folders)
+    # ± t(0.975, 2) · √2 · 1 % of three sessions: 6 %, so 8 % is seen, which 10 % would hide
+    assert result["verdicts"]["d: exp1"] == "SLOWER"
+    total = result["comparisons"]["d: exp1"]["components"]["T_total"]
+    assert "the spread of 3 sessions" in total["ratio"]["method"]
+    assert result["verdicts"]["b: exp1"] in {"SAME", "UNDECIDED"}
 
 
 @pytest.mark.parametrize(("limit", "fails"), [(5, True), (20, False), (None, False)])
@@ -56,7 +89,7 @@ def test_the_gate_fails_where_the_user_says(
     tmp_path: Path, limit: float | None, fails: bool
 ) -> None:
     before, after = m.write_run(tmp_path / "a"), m.write_run(tmp_path / "b", scale=1.1)
-    result = compare(before, after)
+    result = compare(before, changed(after), drift=0.02)
     settings = Options.from_parameters({"compare": {"fail_if_slower": limit}})
     if fails:
         with pytest.raises(MeasurementError, match=r"b: exp1 is slower than a: T_total × 1\.100"):
@@ -69,6 +102,8 @@ def test_several_runs_are_each_compared_with_the_first(tmp_path: Path) -> None:
     folders = [
         m.write_run(tmp_path / name, scale) for name, scale in (("a", 1), ("b", 0.5), ("c", 2))
     ]
+    for folder in folders[1:]:
+        changed(folder)
     verdicts = compare(*folders)["verdicts"]
     assert verdicts["b: exp1"] == "FASTER"
     assert verdicts["c: exp3"] == "SLOWER"

@@ -77,9 +77,25 @@ def test_the_better_predictor_errs_less() -> None:
     assert found.median_error["both"].value == pytest.approx(0.05 * 0.6745, rel=0.25)
     assert found.mape["bound"].value == pytest.approx(found.mape["both"].value, rel=0.05)
     held_out = found.interval("both", 100.0)
-    assert (held_out.low, held_out.high) == pytest.approx(
-        (100 * np.exp(-0.098), 100 * np.exp(0.098)), rel=0.03
-    )
+    # rank 30 of 30 shapes: the farthest of 120 points within a run of its shape
+    assert held_out.low * held_out.high == pytest.approx(100**2)
+    assert 1.08 < held_out.high / 100 < 1.2
+
+
+def test_conformal_ranks_by_hand() -> None:
+    # 19 shapes, all predicted as 10; the farthest is missed by a factor of 2
+    y = np.append(np.full(18, 10.0), 20.0)
+    found = cross_validate(range(19), {"ten": (np.full(19, 10.0), AsGiven.fit)}, y)
+    mean = found.interval("ten", 100.0)
+    assert (mean.low, mean.high) == pytest.approx((50, 200))
+    assert "the mean of repeated requests" in mean.method
+    runs = [[own, own] for own in y[:-1]] + [[5.0, 40.0]]
+    single = found.interval("ten", 100.0, runs=runs)
+    # the 19th of 20 ranks: all of the last shape's weight is needed
+    assert (single.low, single.high) == pytest.approx((25, 400))
+    assert "one request" in single.method
+    few = cross_validate(range(18), {"ten": (np.full(18, 10.0), AsGiven.fit)}, y[:18])
+    assert few.interval("ten", 100.0).note == "an interval needs 19 shapes, found 18"
 
 
 def test_from_one_regime_to_another() -> None:

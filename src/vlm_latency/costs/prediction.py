@@ -23,12 +23,15 @@ from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.roofline import roofline_ms
 from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
 from vlm_latency.errors import UserError
+from vlm_latency.statistics import AsGiven, Estimate, cross_validate, nnls_relative_fit
 
 # Where a pruned vision token leaves the model: it costs nothing from there on.
 PLACES = ("before the encoder", "after the projector", "at decoder layer")
 
 # What tells one shape from another; runs of one shape are held out together.
 SHAPE = ("num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens")
+# Prompts that differ by a smaller share are near-twins: one of them tells the other's latency.
+TWINS = 0.05
 
 _PART_TERMS = tuple((part, term) for part in PARTS for term in ("compute", "memory", "launch"))
 _OTHER_TERMS = (("other", "constant"), ("other", "step"))
@@ -46,8 +49,9 @@ class Predictor:
         Measured per ceiling milliseconds; of ``other``, milliseconds. None: the roofline as it is.
     hardware : Hardware
     dtype : str
-    low, high : float or None
-        95 % of the held-out latencies were between low × and high × their prediction.
+    interval : Estimate or None
+        Of a prediction of 1, at 95 %: one request lies between low × and high × its prediction
+        (`CrossValidation.interval`); its ends are None where the shapes were too few.
     median_error, mape : float or None
         Of |prediction / measured − 1| on held-out shapes.
     n, num_shapes : int
@@ -59,8 +63,7 @@ class Predictor:
     coefficients: Mapping[tuple[str, str], float] | None
     hardware: Hardware
     dtype: str
-    low: float | None = None
-    high: float | None = None
+    interval: Estimate | None = None
     median_error: float | None = None
     mape: float | None = None
     n: int = 0
@@ -75,7 +78,7 @@ class Predictor:
         DataFrame
             Milliseconds: ``T_vision_encoder``, ``T_projector``, ``T_LLM_prefill``,
             ``T_LLM_decode``, ``T_other``, ``T_total``, and ``T_total_low``, ``T_total_high``
-            (NaN without a calibration).
+            (NaN without an interval).
         """
         terms = roofline_terms(table, self.hardware, self.dtype)
         times: dict[str, Any] = {}
@@ -92,8 +95,8 @@ class Predictor:
                 times[column] = np.maximum(compute, memory) + launch
         total = sum(times.values())
         times["T_total"] = total
-        times["T_total_low"] = total * (np.nan if self.low is None else self.low)
-        times["T_total_high"] = total * (np.nan if self.high is None else self.high)
+        for end in ("low", "high"):
+            times[f"T_total_{end}"] = total * (getattr(self.interval, end, None) or np.nan)
         return pd.DataFrame(times, index=table.index)
 
     def on(self, hardware: Hardware) -> Predictor:
@@ -160,8 +163,6 @@ def predictors(
         where ``fit(X, y)`` has ``predict(X)``. The roofline's are left out where the entries
         have no bytes or launches (results of others).
     """
-    from vlm_latency.statistics import AsGiven, nnls_relative_fit
-
     ones = np.ones(len(entries))
     vision, total = _floats(entries, "num_vision_tokens"), _floats(entries, "num_total_tokens")
     found: dict[str, tuple[np.ndarray, Callable[..., Any]]] = {
@@ -187,6 +188,40 @@ def predictors(
     return found
 
 
+def shapes(table: pd.DataFrame) -> np.ndarray:
+    """Number the shapes of requests; those that differ only in a few text tokens are one.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The columns of `SHAPE`, as far as they are known in every row; without any, every row is
+        a shape of its own.
+
+    Returns
+    -------
+    array of int, shape (n,)
+        Within equal crops, vision tokens and output tokens a new shape begins where the prompt
+        grows by more than 5 % from one request to the next longer one.
+
+    Examples
+    --------
+    >>> shapes(pd.DataFrame({"num_vision_tokens": 700, "num_total_tokens": [755, 757, 900]}))
+    array([0, 0, 1])
+    """
+    known = [name for name in SHAPE if name in table and table[name].notna().all()]
+    if not known:
+        return np.arange(len(table))
+    numbers = table[known].astype(float).reset_index(drop=True)
+    prompt = numbers.pop("num_total_tokens") if "num_total_tokens" in known else None
+    fixed = list(numbers)
+    codes = numbers.groupby(fixed).ngroup() if fixed else pd.Series(0, index=numbers.index)
+    if prompt is not None:
+        ordered = pd.DataFrame({"codes": codes, "prompt": prompt}).sort_values(["codes", "prompt"])
+        longer = ordered["prompt"] > ordered["prompt"].shift() * (1 + TWINS)
+        codes = ((ordered["codes"].diff() != 0) | longer).cumsum().sort_index() - 1
+    return codes.to_numpy()
+
+
 def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -> Predictor:
     """Learn what a millisecond at the ceiling really takes, and how far predictions go astray.
 
@@ -194,6 +229,8 @@ def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -
     ----------
     entries : DataFrame
         Measured requests or runs, of several shapes, with times of all parts and `cost_columns`.
+        ``runs_ms``, where it is there, has the T_total of the single runs behind each entry: the
+        interval is for one request; without it entries are taken for single runs.
     hardware : Hardware
     dtype : str
 
@@ -202,13 +239,11 @@ def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -
     UserError
         Where columns are missing, or there are fewer than three shapes.
     """
-    from vlm_latency.statistics import cross_validate
-
     absent = [column for column in (*_TIMES.values(), "T_total") if column not in entries]
     if absent:
         raise UserError(f"no columns {', '.join(absent)} found, which a calibration needs")
     entries = entries.dropna(subset=[*_TIMES.values(), "T_total", *SHAPE])
-    groups = entries.groupby(list(SHAPE)).ngroup().to_numpy()
+    groups = shapes(entries)
     if len(set(groups)) < 3:
         raise UserError(
             f"{len(set(groups))} shapes with the times of all parts found; a calibration needs 3: "
@@ -221,15 +256,18 @@ def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -
     X, fit = looked_at[name]
     y = _floats(entries, "T_total")
     held_out = cross_validate(groups, {name: (X, fit)}, y)
-    unit = held_out.interval(name, 1.0)
+    runs = [
+        own if np.size(own) and np.ndim(own) == 1 else [mean]
+        for own, mean in zip(entries.get("runs_ms", pd.Series([()] * len(y))), y, strict=True)
+    ]
+    unit = held_out.interval(name, 1.0, runs=runs)
     error = held_out.median_error[name].value, held_out.mape[name].value
     coefficients = dict(zip(TERMS, map(float, fit(X, y).coefficients), strict=True))
     return Predictor(
         coefficients,
         hardware,
         dtype,
-        low=unit.low,
-        high=unit.high,
+        interval=unit,
         median_error=error[0],
         mape=error[1],
         n=len(entries),

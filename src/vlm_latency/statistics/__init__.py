@@ -26,6 +26,7 @@ from vlm_latency.statistics.comparison import (
     FalseAlarms,
     TableComparison,
     a_a_false_alarms,
+    between_sessions,
     compare_paired,
     compare_tables,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "TableComparison",
     "VarianceBudget",
     "a_a_false_alarms",
+    "between_sessions",
     "compare_paired",
     "compare_tables",
     "correlations",

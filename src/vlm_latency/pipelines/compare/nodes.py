@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import DataError, MeasurementError
-from vlm_latency.options import Options
+from vlm_latency.options import CompareOptions, Options
 from vlm_latency.pipelines.reporting.common import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import Run
@@ -39,12 +39,13 @@ def compare_runs(
     from vlm_latency.plots.comparison import ratios
     from vlm_latency.plots.style import FigureContext, Style
 
-    baseline, *candidates = _named_apart(runs)
+    runs = _named_apart(runs)
+    baseline, *candidates = runs
     comparisons, not_compared = {}, {}
     for run in candidates:
         for name in _shared(baseline, run):
             try:
-                found = _compare(baseline, run, name, settings.compare.margin)
+                found = _compare(runs, run, name, settings.compare)
             except DataError as error:  # such as the grids of a model that has no tiles
                 not_compared[f"{run.name}: {name}"] = str(error)
             else:
@@ -159,12 +160,28 @@ def _shared(baseline: Run, run: Run) -> list[str]:
     return names
 
 
-def _compare(baseline: Run, run: Run, experiment: str, margin: float) -> TableComparison:
-    from vlm_latency.statistics import compare_tables
+def _compare(
+    runs: list[Run], run: Run, experiment: str, options: CompareOptions
+) -> TableComparison:
+    """Compare with the first run; its other sessions, where there are some, tell the drift."""
+    from vlm_latency.statistics import between_sessions, compare_tables
 
-    return compare_tables(
-        baseline.tables[experiment], run.tables[experiment], COLUMNS, margin=margin
-    )
+    baseline = runs[0]
+
+    def against_baseline(other: Run) -> TableComparison:
+        return compare_tables(
+            baseline.tables[experiment], other.tables[experiment], COLUMNS, margin=options.margin
+        )
+
+    def same(other: Run) -> bool:
+        return bool(_conditions(baseline)) and not environment_differences(baseline, other)
+
+    repeated = [
+        against_baseline(other)
+        for other in runs[1:]
+        if other is not run and experiment in other.tables and same(other)
+    ]
+    return between_sessions(against_baseline(run), options.drift, same=same(run), repeated=repeated)
 
 
 def _named_apart(runs: list[Run]) -> list[Run]:

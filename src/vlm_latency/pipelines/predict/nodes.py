@@ -78,18 +78,16 @@ def predict(
     pruning = pruning_table(
         costs, predictor, *workload, asked.output_tokens, asked.keep, asked.drop_layer
     )
-    latency = {
-        "value": found["T_total"],
-        "low": found["T_total_low"],
-        "high": found["T_total_high"],
-        "level": 0.95,
-        "method": "quantiles of held-out errors",
-    }
+    unit = predictor.interval
+    assert unit is not None
+    latency = replace(
+        unit, value=found["T_total"], low=found["T_total_low"], high=found["T_total_high"]
+    )
     words = (
         f"{image[0]}x{image[1]} image, {asked.prompt_tokens} prompt tokens, {asked.output_tokens} output "
         "tokens"
     )
-    notes = []
+    notes = [f"no interval: {unit.note}"] if unit.note else []
     if measured_on.get("name") not in (None, model.options.name):
         notes.append(
             f"calibrated on {measured_on['name']}, asked for {model.options.name}: an "

@@ -71,7 +71,8 @@ def entries(
     -------
     DataFrame
         One row per request that succeeded at least once, indexed by ``request_id`` in the order
-        of the requests; numbers are means over the runs, texts are the first run's; what was not
+        of the requests; numbers are means over the runs (``runs_ms``: the T_total of each), texts
+        are the first run's; what was not
         measured is missing, a time that was measured in no run at all is left out if it is ours.
     """
     shown = succeeded(records)
@@ -87,6 +88,8 @@ def entries(
             means[name] = whole.astype("Int64")
     texts = [name for name in (*_ENTRY_TEXTS, "output_length") if name in shown]
     table = groups[texts].first().join(means).assign(num_runs=groups.size())
+    if "T_total" in shown:
+        table["runs_ms"] = groups["T_total"].agg(list)
     return table.reindex([name for name in requests["request_id"] if name in table.index])
 
 

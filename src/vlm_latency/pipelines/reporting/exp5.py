@@ -25,7 +25,6 @@ REGIMES = {
     "prefill": ("exp3", "llm_prefill", "T_LLM_prefill"),
     "decode": ("exp4", "llm_decode", "T_LLM_decode"),
 }
-SHAPE = ["num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens"]
 
 
 def report(
@@ -224,8 +223,11 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | No
 
 def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
     """Average the entries of one shape: two of them are no pair of requests that differ."""
-    known = [name for name in SHAPE if name in points and points[name].notna().all()]
-    return points.groupby(["sweep", *known], as_index=False)[["flops_total", "T_total"]].mean()
+    from vlm_latency.costs.prediction import SHAPE, shapes
+
+    counts = [name for name in SHAPE if name in points and points[name].notna().all()]
+    wanted = dict.fromkeys((*counts, "flops_total", "T_total"), "mean") | {"sweep": "first"}
+    return points.groupby(shapes(points)).agg(wanted)
 
 
 def _on_shapes(points: pd.DataFrame, compute: Any, what: str, notes: list[str]) -> Any:
@@ -257,7 +259,7 @@ def _held_out(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Predict every shape from the others by FLOPs, tokens and the roofline."""
     from vlm_latency.costs import Hardware, known_device
-    from vlm_latency.costs.prediction import predictors
+    from vlm_latency.costs.prediction import SHAPE, predictors, shapes
     from vlm_latency.statistics import cross_validate
 
     needed = [*SHAPE, "T_total"]
@@ -272,7 +274,7 @@ def _held_out(
     if published := known_device(ceilings.get("device_name", "")):
         nominal = predictors(points, published, dtype)
         looked_at |= {name: nominal[name] for name in ("roofline_nominal",) if name in nominal}
-    groups = points.groupby(SHAPE).ngroup()
+    groups = shapes(points)
     found = common.unless_impossible(
         notes, "held-out errors", cross_validate, groups, looked_at, points["T_total"]
     )
