@@ -93,7 +93,7 @@ def test_requests_are_explained() -> None:
         assert math.isfinite(profile.slowdown) and profile.slowdown > 0
     assert json.loads(json.dumps(trace)) == trace
     drawn = {event["pid"] for event in trace["traceEvents"] if event.get("cat") == "component"}
-    assert drawn == set(ids)
+    assert drawn == {f"components {name}" for name in ids}
 
 
 def test_the_null_model_has_nothing_to_explain() -> None:

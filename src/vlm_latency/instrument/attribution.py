@@ -27,7 +27,7 @@ Event = Mapping[str, Any]
 MARK = "vlm_latency."  # a boundary's annotation: this, "open" or "close", a space, the label
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHERS = ("cuda_runtime", "cuda_driver")
-WAITS = re.compile(r"Synchronize|cudaStreamWait|cudaEventQuery")
+WAITS = re.compile(r"Synchronize")  # calls in which the host waits for the device
 LARGEST = 5
 # Names of kernels (CUDA) and operators (CPU) that compute attention, fused ones first.
 ATTENTION = {
@@ -279,25 +279,21 @@ def ranges(events: Sequence[Event], on_device: bool, title: str = "") -> list[di
         Events to add to the trace.
     """
     stretches = components_of(marks_of(events))
-    tracks = {1: f"{title} host".strip(), 2: f"{title} device".strip()}
+    process = f"components {title}".strip()
+    tracks = {1: "host", 2: "device"} if on_device else {1: "host"}
+    at = {"pid": process, "ts": stretches[0].start_ns / 1e3}
     found: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", "pid": title or "components", "tid": 0, "ts": 0,
-         "args": {"name": f"components {title}".strip()}},
-        {"ph": "M", "name": "process_sort_index", "pid": title or "components", "tid": 0, "ts": 0,
-         "args": {"sort_index": -1}},
-    ]  # fmt: skip
+        {**at, "ph": "M", "name": "process_name", "tid": 0, "args": {"name": process}},
+        {**at, "ph": "M", "name": "process_sort_index", "tid": 0, "args": {"sort_index": -1}},
+    ]
     found += [
-        {"ph": "M", "name": "thread_name", "pid": title or "components", "tid": track, "ts": 0,
-         "args": {"name": name}}
+        {**at, "ph": "M", "name": "thread_name", "tid": track, "args": {"name": name}}
         for track, name in tracks.items()
-        if track == 1 or on_device
-    ]  # fmt: skip
+    ]
 
     def put(track: int, name: str, start_us: float, end_us: float) -> None:
-        found.append(
-            {"ph": "X", "cat": "component", "name": name, "pid": title or "components",
-             "tid": track, "ts": start_us, "dur": end_us - start_us, "args": {}}
-        )  # fmt: skip
+        place = {"pid": process, "tid": track, "ts": start_us, "dur": end_us - start_us}
+        found.append({**place, "ph": "X", "cat": "component", "name": name, "args": {}})
 
     for span in stretches:
         if span.end_ns > span.start_ns:

@@ -139,6 +139,11 @@ def _explained(
     events = trace["traceEvents"]
     on_device = reading.times["T_total_host"] is not None
     shares, total = attribute(events, on_device)
+    if not total["work_ms"]:
+        raise MeasurementError(
+            "the profiler saw no kernel on the device; expected CUPTI to be usable (is another "
+            "profiler attached, or are performance counters restricted to administrators?)"
+        )
     taken_ms = _host_ms(reading.times)
     name = str(request["request_id"])
     profile = Profile(name, shares, total, taken_ms, taken_ms / usual_ms)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vlm_latency")
 
+ATTRIBUTED = 0.99  # of the kernels' time, at least
 LIKE = "exp2"  # whose shapes are looked at, where no sizes are asked for
 
 
@@ -294,6 +295,12 @@ def notes(results: list[dict[str, Any]]) -> list[str]:
         f"{result['request_id']}: under the profiler it took {result['slowdown']:.2f} times as long; "
         "nothing else is timed in that run"
         for result in results
+    ]
+    found += [
+        f"{result['request_id']}: only {result['attributed']:.1%} of the time of its kernels could be "
+        "attributed to a component"
+        for result in results
+        if result["attributed"] < ATTRIBUTED
     ]
     slower = [
         f"{result['request_id']} {name}"
