@@ -25,13 +25,16 @@ SIZES = {
 SYNTHETIC = {"source": "synthetic", "size": 20}
 
 
-def checked(root: Path, experiments: list[str] = ALL, **parameters: Any) -> list[str]:
+def checked(
+    root: Path, experiments: list[str] = ALL, runs_model: bool = False, **parameters: Any
+) -> list[str]:
     given = {"model": {"name": "null-model"}, "dataset": SYNTHETIC, **SIZES, **parameters}
     options = Options.from_parameters(given)
     return check(
         options,
         root,
         experiments=experiments,
+        runs_model=runs_model,
         model=ModelDataset(options=options.model.model_dump()),
         questions=VQADataset(options=options.dataset.model_dump()),
         earlier={},
@@ -42,6 +45,13 @@ def checked(root: Path, experiments: list[str] = ALL, **parameters: Any) -> list
             for name in experiments
         },
     )
+
+
+def test_nvtx_ranges_are_refused_without_cuda(tmp_path: Path) -> None:
+    asked = {"runs_model": True, "exp1": {"measurement": {"nvtx": True}}}
+    with pytest.raises(UserError, match=r"nvtx=true on cpu; NVTX ranges exist on CUDA only"):
+        checked(tmp_path, ["exp1"], **asked)
+    assert checked(tmp_path, ["exp2"], **asked)  # which does not ask for them
 
 
 def refusals(root: Path, **parameters: Any) -> list[str]:

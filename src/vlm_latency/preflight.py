@@ -82,6 +82,8 @@ def check(
     handle = attempt(model.load) if model is not None else None
     lines = []
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
+        if runs_model:
+            attempt(_nvtx, options, experiments, handle)
         for name in experiments:
             settled = options.experiment(name, handle.weights)
             known = len(problems)
@@ -128,6 +130,15 @@ def _ready(handle: Any, runs_model: bool) -> bool:
     if runs_model:
         handle.check_fits()
     return True
+
+
+def _nvtx(options: Options, experiments: list[str], handle: Any) -> None:
+    asked = [n for n in experiments if options.experiment(n, handle.weights).measurement.nvtx]
+    if (asked or options.measurement.nvtx) and not str(handle.device).startswith("cuda"):
+        raise MeasurementError(
+            f"found measurement.nvtx=true on {handle.device}; NVTX ranges exist on CUDA only: leave "
+            "it out"
+        )
 
 
 def _fits_positions(options: ExperimentOptions, handle: Any, given: pd.DataFrame | None) -> None:

@@ -183,14 +183,14 @@ def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], 
     if meter.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     tried = []
-    meter.timeline.listener = mark
+    usual, meter.timeline.listener = meter.timeline.listener, mark
     try:
         for _ in range(TRIES):
             with profile(activities=activities, acc_events=True) as profiler:
                 reading = meter(prepared, tokens)
             tried.append((_host_ms(reading.times), profiler, reading))
     finally:
-        meter.timeline.listener = None
+        meter.timeline.listener = usual
     _, profiler, reading = min(tried, key=lambda attempt: attempt[0])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
