@@ -76,7 +76,8 @@ def predicted(measured: Any, name: str = "tiny-molmo", dtype: str = "auto", **as
 )
 def test_every_option_of_a_workload_has_an_effect(measured: Any, asked: dict[str, Any]) -> None:
     base, other = (predicted(measured, **options) for options in ({}, asked))
-    assert other["statistics"]["latency"]["value"] != base["statistics"]["latency"]["value"]
+    assert other["statistics"]["latency"].value != base["statistics"]["latency"].value
+    assert "no interval: an interval needs 19 shapes, found 7" in base["statistics"]["notes"]
 
 
 def test_another_type_of_weights_is_predicted_and_said(measured: Any) -> None:
@@ -85,7 +86,7 @@ def test_another_type_of_weights_is_predicted_and_said(measured: Any) -> None:
         for dtype in ("auto", "bfloat16")
     )
     assert (auto["dtype"], narrow["dtype"]) == ("float32", "bfloat16")
-    assert narrow["latency"]["value"] < auto["latency"]["value"]
+    assert narrow["latency"].value < auto["latency"].value
     assert not any("asked for float32" in note for note in auto["notes"])
     assert any("calibrated in float32, asked for bfloat16" in note for note in narrow["notes"])
 
