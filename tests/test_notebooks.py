@@ -6,10 +6,11 @@ import base64
 import io
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra 'notebook'")
+NotebookClient = pytest.importorskip("nbclient", reason="needs the extra 'notebook'").NotebookClient
 
 PROJECT = Path(__file__).parents[1]
 TOUR = PROJECT / "notebooks" / "tour.ipynb"

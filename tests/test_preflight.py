@@ -162,3 +162,11 @@ def test_one_length_for_all_questions_must_fit_too(tmp_path: Path) -> None:
         tmp_path, experiments=["exp1"], exp1={"sampling": {"num_samples": 2}, **asked}
     )
     assert told.startswith(f"exp1.measurement.output_length: {2**31} new tokens need up to")
+
+
+def test_nvtx_ranges_without_a_gpu_are_refused(tmp_path: Path) -> None:
+    lines = refusals(tmp_path, measurement={"nvtx": True})
+    assert lines == [
+        "found measurement.nvtx=true on cpu; NVTX ranges need a CUDA device: set "
+        "model.device=cuda, or measurement.nvtx=false"
+    ]

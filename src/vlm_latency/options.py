@@ -53,6 +53,8 @@ class ModelOptions(Group):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str = "sdpa"
+    # the decoder's kernel for attention; auto = PyTorch's choice
+    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     float32_attention: bool | None = None  # Molmo only; None = as the reference
     engine: Literal["eager", "static", "compiled"] = "eager"
     max_crops: Annotated[int, Field(ge=1)] | None = None  # tiles; None = the model's own

@@ -91,6 +91,7 @@ def check(
             if len(problems) > known:
                 continue
             attempt(_fits_positions, settled, handle, table)
+            attempt(_has_ranges, settled, handle)
             requests = attempt(_drawable, settled, questions, handle, table)
             if requests is not None:
                 lines.append(_line(settled, handle, requests))
@@ -151,6 +152,14 @@ def _fits_positions(options: ExperimentOptions, handle: Any, given: pd.DataFrame
             f"{name}.{rule.LENGTHS}: {', '.join(map(str, sorted(long)))} new tokens need up to "
             f"{max(long.values())} positions, and {handle.architecture.name} has "
             f"{handle.architecture.max_positions}; {rule.MEND.format(experiment=name)}"
+        )
+
+
+def _has_ranges(options: ExperimentOptions, handle: Any) -> None:
+    if options.measurement.nvtx and not str(handle.device).startswith("cuda"):
+        raise MeasurementError(
+            f"found measurement.nvtx=true on {handle.device}; NVTX ranges need a CUDA device: set "
+            "model.device=cuda, or measurement.nvtx=false"
         )
 
 

@@ -339,7 +339,45 @@ def test_compiled_decode_is_one_graph_without_breaks(family: Any) -> None:
     assert graphs == 1
 
 
+def test_nvtx_ranges_are_around_the_components_and_closed_whatever_happens(
+    llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, prepared = llava
+    stack: list[str] = []
+    pushed: list[str] = []
+
+    def push(label: str) -> None:
+        pushed.append(label)
+        stack.append(label)
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", push)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", stack.pop)
+    plain = make_meter(vlm)(prepared, 3)
+    assert not pushed
+    reading = make_meter(vlm, nvtx=True)(prepared, 3)
+    assert reading.token_ids == plain.token_ids
+    assert set(pushed) == {
+        "T_vision_encoder",
+        "T_projector",
+        "T_LLM_prefill",
+        "T_LLM_decode_forward",
+    }
+    assert pushed.count("T_LLM_decode_forward") == 2
+    assert not stack
+
+    def explode(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    handle = vlm.components.head.register_forward_hook(explode)
+    with pytest.raises(RuntimeError, match="no"):
+        make_meter(vlm, nvtx=True)(prepared, 3)
+    handle.remove()
+    assert not stack
+
+
 @pytest.mark.gpu
+# the compiler recommends TF32 for a float32 model; what is tested here is the clock
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("engine", [*ENGINES, "compiled"])
 def test_cuda_events_partition_a_request(llava: Any, engine: str) -> None:
     vlm, prepared = llava
@@ -356,4 +394,7 @@ def test_cuda_events_partition_a_request(llava: Any, engine: str) -> None:
     assert sum(times[name] for name in COMPONENTS) == pytest.approx(times["T_total"], abs=1e-6)
     assert sum(times[f"{n}_host"] for n in COMPONENTS) == pytest.approx(times["T_total_host"])
     assert len(times["decode_step_ms"]) == 5
+    split = times["T_LLM_decode_forward"] + times["T_LLM_decode_between"]
+    assert split == pytest.approx(times["T_LLM_decode"], abs=1e-6)
+    assert min(times["T_LLM_decode_forward"], times["T_LLM_decode_between"]) > 0
     assert (reading.peak_memory_bytes or 0) > (reading.kv_cache_bytes or 0) > 0

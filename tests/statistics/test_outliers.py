@@ -31,6 +31,13 @@ def quiet(last: float) -> list[float]:
         ({"involuntary_switches": quiet(7)}, "involuntary context switches"),
         ({"steal_ms": quiet(4)}, "steal time"),
         ({"steal_ms": [3.0] * 9}, "unexplained"),
+        ({"first_of_length": [False] * 8 + [True]}, "first visit of a length"),
+        (
+            {"first_of_length": False, "new_kv_lengths": [0] * 8 + [4]},
+            "first visit of a length",
+        ),
+        ({"host_canary_ms": [0.1] * 8 + [0.2]}, "slow host"),
+        ({"host_canary_ms": [0.1] * 8 + [0.11]}, "unexplained"),
         ({"steal_ms": quiet(4), "first_of_shape": [False] * 8 + [True]}, "first of shape"),
     ],
 )
@@ -76,3 +83,15 @@ def test_a_shape_of_failed_runs_alone_is_no_outlier() -> None:
     latency = [np.nan] * 6 + [1.0, 1.01, 1.02, 1.0, 1.0, 9.0]
     table = pd.DataFrame({"T_total": latency, "num_crops": [1] * 6 + [2] * 6})
     assert mark_outliers(table)["outlier"].tolist() == [False] * 11 + [True]
+
+
+def test_a_disturbed_run_says_so_though_it_was_not_slow() -> None:
+    """The cause comes from other columns than the time: runs can be left out by it, honestly."""
+    marks = mark_outliers(shape(10.0, host_canary_ms=[0.1] * 8 + [0.2]))
+    assert not marks["outlier"].any()
+    assert marks["outlier_cause"].tolist() == [None] * 8 + ["slow host"]
+
+
+def test_a_length_is_no_cause_where_new_ones_cost_nothing() -> None:
+    marks = mark_outliers(shape(first_of_length=[False] * 8 + [True]), lengths_cost=False)
+    assert marks["outlier_cause"].tolist() == [None] * 8 + ["unexplained"]

@@ -148,12 +148,26 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
         "device": str(resolve_device(options)),
         "dtype": dtype_name(options),
         "attn_implementation": options.attn_implementation,
+        "sdpa_backend": options.sdpa_backend,  # of the decoder
+        "sdpa_backend_encoder": _encoder_backend(options, architecture),
         "float32_attention": architecture.config.get("float32_attention"),  # Molmo only
         "engine": options.engine,
         "cache": "dynamic" if options.engine == "eager" else "static",
         "max_crops": options.max_crops,
         "num_threads": thread_count(options),
     }
+
+
+def _encoder_backend(options: ModelOptions, architecture: Any) -> str | None:
+    """Which kernel PyTorch chooses for the encoder's attention, where it is PyTorch's to choose."""
+    config = getattr(architecture, "transformers_config", None)
+    if config is None or options.attn_implementation != "sdpa":
+        return None
+    from vlm_latency.models.attention import encoder_backend
+    from vlm_latency.models.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(options)
+    return encoder_backend(config, device, resolve_dtype(options, device))
 
 
 def _revision(options: ModelOptions) -> str | None:
@@ -269,7 +283,9 @@ def _line(hardware: dict[str, Any], software: dict[str, Any], model: dict[str, A
     where = (
         f"{hardware['gpu']} beside {cores}" if "gpu" in hardware else f"{hardware['cpu']}, {cores}"
     )
-    parts = [where, model["dtype"], model["attn_implementation"], model["engine"]]
+    chosen = model["sdpa_backend"]
+    attention = model["attn_implementation"] + (f" ({chosen})" if chosen != "auto" else "")
+    parts = [where, model["dtype"], attention, model["engine"]]
     parts += [f"{name} {software[name]}" for name in ("torch", "transformers") if name in software]
     return ", ".join(parts)
 

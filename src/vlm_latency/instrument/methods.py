@@ -26,6 +26,7 @@ from torch import nn
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.clock import CudaClock, HostClock
 from vlm_latency.instrument.timeline import Mark, Timeline, partition
+from vlm_latency.models.attention import attending
 from vlm_latency.models.boundaries import (
     DECODE_FORWARD,
     ENCODER,
@@ -106,6 +107,8 @@ class Meter:
     max_cache_len
         Length of the static cache, the same for all requests, so that nothing is compiled twice;
         by default as long as the longest request so far.
+    nvtx
+        Whether to put NVTX ranges around the components.
 
     Raises
     ------
@@ -113,12 +116,21 @@ class Meter:
         On a device without a clock of its own or work that runs in order, such as ``mps``.
     """
 
-    def __init__(self, vlm: Any, engine: str = "eager", max_cache_len: int | None = None) -> None:
+    def __init__(
+        self,
+        vlm: Any,
+        engine: str = "eager",
+        max_cache_len: int | None = None,
+        nvtx: bool = False,
+    ) -> None:
         self.vlm = vlm
         self.model = vlm.model
         self.device = torch.device(vlm.device)
         self.engine = engine
         self.max_cache_len = max_cache_len
+        options = getattr(vlm, "options", None)
+        self._sdpa_backend = options.sdpa_backend if options else "auto"
+        self._nvtx = nvtx
         if self.device.type not in ("cpu", "cuda"):
             raise MeasurementError(
                 f"found model.device={self.device.type}; expected cpu or cuda, the devices whose "
@@ -171,7 +183,7 @@ class Meter:
         return elapsed, self._tokens(output, prepared, max_new_tokens, stop_at_eos)
 
     def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
-        with quiet(self.device):
+        with self._attending(), quiet(self.device):
             start = time.perf_counter_ns()
             result = function()
             synchronize(self.device)
@@ -188,11 +200,46 @@ class Meter:
         self.timeline.restart(VISION_MARKS + 2 * arguments["max_new_tokens"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with self._prefill_observed(), quiet(self.device):
+        with (
+            self._attending(),
+            self._prefill_observed(),
+            self._ranges(),
+            quiet(self.device),
+        ):
             self.timeline.open(OTHER)
             output = self.model.generate(**arguments)
             self.timeline.finish(OTHER)
         return output
+
+    def _attending(self) -> contextlib.AbstractContextManager[None]:
+        return attending(self.model, self.vlm.components, self._sdpa_backend)
+
+    @contextlib.contextmanager
+    def _ranges(self) -> Iterator[None]:
+        """NVTX ranges around the components, outside of their marks."""
+        if not self._nvtx:
+            yield
+            return
+        from torch.cuda import nvtx
+
+        depth = 0
+
+        def push(label: str) -> None:
+            nonlocal depth
+            nvtx.range_push(label)
+            depth += 1
+
+        def pop(_: str) -> None:
+            nonlocal depth
+            nvtx.range_pop()
+            depth -= 1
+
+        with boundaries(self.model, self.vlm.components, push, pop):
+            try:
+                yield
+            finally:
+                while depth:  # a component that raised left its range open
+                    pop("")
 
     @contextlib.contextmanager
     def _prefill_observed(self) -> Iterator[None]:
@@ -384,10 +431,14 @@ _TIMES = tuple(name for name in TIME_COLUMNS if name != "T_preprocess")
 
 
 def make_meter(
-    vlm: Any, method: str = "timeline", engine: str = "eager", max_cache_len: int | None = None
+    vlm: Any,
+    method: str = "timeline",
+    engine: str = "eager",
+    max_cache_len: int | None = None,
+    nvtx: bool = False,
 ) -> Meter:
     """Make the meter of a method (``timeline``, ``subtraction``, ``hook``) for a loaded model."""
-    return METERS[method](vlm, engine, max_cache_len)
+    return METERS[method](vlm, engine, max_cache_len, nvtx)
 
 
 def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:

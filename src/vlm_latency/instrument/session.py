@@ -137,7 +137,7 @@ class Session:
         def make(vlm: LoadedModel) -> Meter:
             from vlm_latency.instrument.methods import make_meter
 
-            return make_meter(vlm, self.options.method, engine, length)
+            return make_meter(vlm, self.options.method, engine, length, self.options.nvtx)
 
         self.meter = self.vlm.meter(make)
         if rows:

@@ -48,12 +48,13 @@ def boundaries(
     """
     named = _Forwards(on_open, on_close)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_around(model, named.open, named.close))
-        around = [(encoder, ENCODER) for encoder in components.encoders]
-        around += [(part, PROJECTOR) for part in components.projector_parts]
-        for module, label in around:
+        stack.enter_context(around(model, named.open, named.close))
+        stack.enter_context(around_compiled_step(model, named.open, named.close))
+        parts = [(encoder, ENCODER) for encoder in components.encoders]
+        parts += [(part, PROJECTOR) for part in components.projector_parts]
+        for module, label in parts:
             edges = functools.partial(on_open, label), functools.partial(on_close, label)
-            stack.enter_context(_around(module, *edges))
+            stack.enter_context(around(module, *edges))
         base: Any = getattr(model, "base_model", model)
         if hasattr(base, "get_image_features"):
 
@@ -62,16 +63,6 @@ def boundaries(
                 return _between(function, opens, closes)
 
             stack.enter_context(replaced(base, "get_image_features", wrap))
-        if hasattr(model, "get_compiled_call"):
-
-            def wrap_step(function: Callable[..., Any]) -> Callable[..., Any]:
-                @functools.wraps(function)
-                def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-                    return _between(function(*args, **kwargs), named.open, named.close)
-
-                return get_compiled_call
-
-            stack.enter_context(replaced(model, "get_compiled_call", wrap_step))
         yield
 
 
@@ -90,6 +81,57 @@ def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
             own[name] = before
 
 
+@contextlib.contextmanager
+def around(
+    module: nn.Module, opens: Callable[[], None], closes: Callable[[], None], always: bool = False
+) -> Iterator[None]:
+    """Hook a module's forward on both sides; hooks rest while it is being compiled.
+
+    Parameters
+    ----------
+    always
+        Whether to close where the forward raises.
+    """
+
+    def before(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            opens()
+
+    def after(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            closes()
+
+    handles = [
+        module.register_forward_pre_hook(before, prepend=True),
+        module.register_forward_hook(after, always_call=always),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def around_compiled_step(
+    model: Any, opens: Callable[[], None], closes: Callable[[], None]
+) -> Iterator[None]:
+    """Go around every call of the decode step that ``generate()`` compiles."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def get_compiled_call(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            return _between(function(*args, **kwargs), opens, closes)
+
+        return get_compiled_call
+
+    if not hasattr(model, "get_compiled_call"):
+        yield
+        return
+    with replaced(model, "get_compiled_call", wrap):
+        yield
+
+
 class _Forwards:
     """Names a request's forwards: the first one is the prefill."""
 
@@ -103,31 +145,6 @@ class _Forwards:
     def close(self) -> None:
         self._on_close(self._label)
         self._label = DECODE_FORWARD
-
-
-@contextlib.contextmanager
-def _around(
-    module: nn.Module, opens: Callable[[], None], closes: Callable[[], None]
-) -> Iterator[None]:
-    """Hooks before and after a module's forward that rest while it is being compiled."""
-
-    def before(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            opens()
-
-    def after(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            closes()
-
-    handles = [
-        module.register_forward_pre_hook(before, prepend=True),
-        module.register_forward_hook(after),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _between(

@@ -11,6 +11,7 @@ from torch import nn
 
 from vlm_latency.errors import ModelError
 from vlm_latency.models.architecture import Architecture, build_on_meta, describe
+from vlm_latency.models.attention import check_backend
 from vlm_latency.models.random_weights import materialise
 from vlm_latency.models.requests import Prepared, Preparer, wrap_processor
 from vlm_latency.models.zoo import Family, load_zoo, weights_kind
@@ -222,15 +223,17 @@ def resolve_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
 
 
 def check_fits(architecture: Architecture, options: ModelOptions) -> None:
-    """Refuse a model that cannot be built or that the device has no room for; nothing is loaded.
+    """Refuse what cannot be built, or has no room or no such kernel here; nothing is loaded.
 
     Raises
     ------
     ModelError
-        With the bytes wanted and the bytes free.
+        With the bytes wanted and the bytes free, or the attention backends that work.
     """
     device = resolve_device(options)
-    dtype = str(resolve_dtype(options, device)).removeprefix("torch.")
+    kind = resolve_dtype(options, device)
+    check_backend(options, architecture.transformers_config, device, kind)
+    dtype = str(kind).removeprefix("torch.")
     architecture.meta_model(options.attn_implementation)
     weights = architecture.weight_bytes(dtype)
     positions = min(architecture.max_positions, _CACHE_TOKENS)
