@@ -15,6 +15,7 @@ from vlm_latency.errors import DataError, UserError
 from vlm_latency.models import ModelHandle
 from vlm_latency.options import ExperimentOptions, Options
 from vlm_latency.pipelines.data_sampling.nodes import draw_requests
+from vlm_latency.pipelines.data_sampling.rules import too_long
 from vlm_latency.records import REQUEST_COLUMNS
 from vlm_latency.vqa import open_source
 
@@ -66,6 +67,18 @@ def test_sizes_may_be_given_for_the_vision_sweep() -> None:
 def test_the_end_of_sequence_may_stop_exp4() -> None:
     asked = {"num_samples": 1, "max_new_tokens_list": [4, 8], "use_eos_token": True}
     assert draw("exp4", **asked)["output_length"].tolist() == ["≤4", "≤8"]
+
+
+def test_a_length_fits_as_long_as_a_position_is_left() -> None:
+    def long(length: int) -> dict[int, int]:
+        asked = options("exp4", num_samples=1, max_new_tokens_list=[length], tiling="2x3")
+        return too_long(asked, ModelHandle(asked.model), None)
+
+    positions = ModelHandle(options("exp4").model).architecture.max_positions
+    (needed,) = long(positions).values()
+    prompt = needed - positions
+    assert long(positions - prompt) == {}
+    assert long(positions - prompt + 1) == {positions - prompt + 1: positions + 1}
 
 
 def test_exp4_needs_lengths() -> None:

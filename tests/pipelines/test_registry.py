@@ -71,6 +71,13 @@ def test_an_experiment_measures_when_the_result_before_it_is_on_disk(registry: d
         assert f"{before}.reporting.report" in {node.name for node in measured.nodes}
 
 
+def test_earlier_results_are_those_of_the_same_command_where_it_makes_them(registry: dict) -> None:
+    assert {"exp5.vision", "exp5.language"} <= registry["exp5"].inputs()
+    for name in ("phase2", "all"):
+        assert not {"exp5.vision", "exp5.language"} & registry[name].inputs()
+        assert {"exp3.result", "exp4.result"} <= registry[name].all_outputs()
+
+
 def test_each_experiment_is_a_box_of_its_stages(registry: dict) -> None:
     stages = {"options", "data_sampling", "measurement", "flops_estimation", "reporting"}
     for name in ("exp1", "exp2", "exp3", "exp4"):

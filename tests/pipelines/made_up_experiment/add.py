@@ -76,7 +76,9 @@ def main(project: Path, output_dir: Path) -> None:
         json.dumps(
             {
                 "pipelines": sorted(pipelines),
-                "in all": any(node.namespace == "exp9" for node in pipelines["all"].nodes),
+                "in all": any(
+                    str(node.namespace).startswith("exp9") for node in pipelines["all"].nodes
+                ),
                 "said": said,
                 "layers": layers,
                 "preview": preview["statistics"],
