@@ -83,6 +83,18 @@ def test_a_full_disk_leaves_the_old_file_whole(
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(("kind", "name", "data"), SAVED)
+def test_who_reads_while_it_is_written_reads_the_old_file(
+    kind: type, name: str, data: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"the old one")
+    with path.open("rb") as reader:
+        kind(filepath=str(path)).save(data)
+        assert reader.read() == b"the old one"
+    assert path.read_bytes() != b"the old one"
+
+
 @pytest.mark.parametrize("broken", [{1, 2}, object()])
 def test_what_cannot_be_written_leaves_the_old_file_whole(broken: Any, tmp_path: Path) -> None:
     dataset = AtomicJSON(filepath=str(tmp_path / "data.json"))

@@ -134,6 +134,14 @@ def test_what_is_no_table_of_requests(how: str, message: str, tmp_path: Path) ->
         draw("exp1", requests=str(path))
 
 
+def test_requests_of_exp4_say_their_lengths_in_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "requests.parquet"
+    drawn = draw("exp4", num_samples=1, max_new_tokens_list=[4, 8])
+    drawn.assign(output_length="natural").to_parquet(path)
+    with pytest.raises(DatasetError, match="'natural' is not a rule of exp4; expected a number"):
+        draw("exp4", requests=str(path))
+
+
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     path = tmp_path / "requests.parquet"
     with pytest.raises(DatasetError, match="no file"):

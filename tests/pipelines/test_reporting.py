@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
+from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5
 from vlm_latency.statistics import linear_fit
 
@@ -278,3 +279,16 @@ def test_repeats_of_a_request_are_one_cluster_of_a_line() -> None:
     found = common.fits(rows, "x", ["T_total"], [])["T_total"].slope
     alone = linear_fit(rows["x"], rows["T_total"]).slope
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
+
+
+def test_exp4_names_the_lengths_that_were_asked_for_and_left_out() -> None:
+    records, requests = m.language_sweep()
+    lengths = [str(n) for n in (8, 16, 32, 64, 128, 4096)]
+    requests["output_length"] = requests["request_id"].str.split("-n").str[1]
+    asked = Options.from_parameters(
+        {"exp4": {"sampling": {"max_new_tokens_list": " ".join(lengths)}}}
+    ).experiment("exp4")
+    given = pd.DataFrame({"output_length": [f"≤{n}" for n in lengths]})
+    for options, table in ((asked, None), (m.options("exp4"), given)):
+        result, *_ = exp4.report(options, records, requests, m.COVERAGE, m.ENVIRONMENT, {}, table)
+        assert result["statistics"]["dropped_lengths"] == [4096]
