@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from vlm_latency.costs import Hardware, hardware, hardware_table, known_device
+from vlm_latency.costs import Hardware, hardware, known_device
 from vlm_latency.costs.roofline import roofline_ms, utilisation
 from vlm_latency.errors import UserError
 
 
 def test_every_row_has_peaks_and_a_source() -> None:
-    table = hardware_table()
-    assert set(table["device"]) == {
+    names = (
         "H100",
         "H100 PCIe",
         "H200",
@@ -20,12 +19,14 @@ def test_every_row_has_peaks_and_a_source() -> None:
         "L40S",
         "RTX 4090",
         "Jetson Orin",
-    }
-    assert (table["source"].str.len() > 20).all()
-    # dense bf16 is above fp32, and each within what a device of these years does
-    assert table["bf16_tflops"].between(20, 1000).all()
-    assert (table["bf16_tflops"] > table["fp32_tflops"]).all()
-    assert table["gb_per_s"].between(100, 5000).all()
+    )
+    for device in map(hardware, names):
+        assert device.name in names
+        assert len(device.source) > 20
+        # dense bf16 is above fp32, and each within what a device of these years does
+        assert 20e12 < device.flops_per_s["bfloat16"] < 1000e12
+        assert device.flops_per_s["bfloat16"] > device.flops_per_s["float32"]
+        assert 100e9 < device.bytes_per_s < 5000e9
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 `vlm_latency.costs.prediction` predicts latency from them.
 """
 
-from vlm_latency.costs.hardware import Hardware, hardware, hardware_table, known_device
+from vlm_latency.costs.hardware import Hardware, hardware, known_device
 from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.costs.table import add_costs
@@ -16,6 +16,5 @@ __all__ = [
     "RequestShape",
     "add_costs",
     "hardware",
-    "hardware_table",
     "known_device",
 ]

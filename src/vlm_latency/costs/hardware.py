@@ -13,7 +13,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from vlm_latency.errors import UserError
@@ -128,23 +127,6 @@ def hardware(name: str) -> Hardware:
             "to use what calibration measured on this machine"
         )
     return found
-
-
-def hardware_table() -> pd.DataFrame:
-    """All published peaks, one row per device, with their sources."""
-    return pd.DataFrame(
-        [
-            {
-                "device": device.name,
-                "bf16_tflops": device.flops_per_s["bfloat16"] / 1e12,
-                "fp32_tflops": device.flops_per_s["float32"] / 1e12,
-                "gb_per_s": device.bytes_per_s / 1e9,
-                "memory_gb": (device.memory_bytes or 0) / 1e9,
-                "source": device.source,
-            }
-            for device in _devices().values()
-        ]
-    )
 
 
 def as_hardware(given: Hardware | Mapping[str, Any] | str | None) -> Hardware | None:
