@@ -71,6 +71,16 @@ def test_an_experiment_measures_when_the_result_before_it_is_on_disk(registry: d
         assert f"{before}.reporting.report" in {node.name for node in measured.nodes}
 
 
+@pytest.mark.parametrize(
+    ("phase", "results"), [("phase1", {"exp1", "exp2"}), ("phase2", {"exp3", "exp4", "exp5"})]
+)
+def test_a_phase_makes_the_results_of_its_experiments(
+    phase: str, results: set[str], registry: dict
+) -> None:
+    made = {name for name in registry[phase].all_outputs() if name.endswith(".result")}
+    assert made == {f"{name}.result" for name in results}
+
+
 def test_earlier_results_are_those_of_the_same_command_where_it_makes_them(registry: dict) -> None:
     assert {"exp5.vision", "exp5.language"} <= registry["exp5"].inputs()
     for name in ("phase2", "all"):
