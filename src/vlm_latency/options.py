@@ -142,6 +142,8 @@ class FigureOptions(Group):
     """``figures.*``: how figures look."""
 
     style: Literal["default", "paper"] = "default"
+    columns: Literal[1, 2] = 1  # style=paper: of the page that a figure fills
+    panels: Words = ()  # names of the panels to draw; none: all
     dpi: Annotated[int, Field(ge=50)] = 300
     vision_axis: Annotated[Literal["tokens", "patches"], BY_PROTOCOL] = "tokens"
 

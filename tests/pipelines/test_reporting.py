@@ -79,7 +79,7 @@ def test_failed_runs_are_counted_and_never_averaged() -> None:
 
 def test_exp2_shares_are_those_of_the_formula(architecture: Any) -> None:
     records, requests = m.questions(40, spread=0.0)
-    result, _, pie, bars = exp2.report(
+    result, _, pie, _, bars = exp2.report(
         m.options("exp2"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
     )
     share = records["T_vision_encoder"].sum() / records["T_total"].sum()
@@ -276,7 +276,8 @@ def test_repeats_of_a_request_are_one_cluster_of_a_line() -> None:
             "T_total": [*(x + offset)] * 5,  # five runs that say the same
         }
     )
-    found = common.fits(rows, "x", ["T_total"], [])["T_total"].slope
+    lines = common.fits(rows, "x", ["T_total"], rows["request_id"], [])
+    found = lines["T_total"].least_squares.slope
     alone = linear_fit(rows["x"], rows["T_total"]).slope
     assert found.high - found.low > 1.5 * (alone.high - alone.low)
 

@@ -18,7 +18,7 @@ from vlm_latency.results import FILES
 
 FIGURES = {
     "exp1": ["exp1_latency_distribution"],
-    "exp2": ["exp2_parameters", "exp2_latency"],
+    "exp2": ["exp2_parameters", "exp2_latency", "exp2_components"],
     "exp3": ["exp3_vision_tokens_vs_latency"],
     "exp4": ["exp4_language_tokens_vs_latency"],
     "exp5": ["exp5_flops_vs_latency"],

@@ -100,7 +100,7 @@ def records(tiles, lengths, runs=1, seed=0):
 @pytest.fixture
 def context():
     line = "tiny-molmo, CPU (1 thread), float32, sdpa, torch 2.13, commit 0123abc, 2025-01-01"
-    return FigureContext(line, ("synthetic", "random weights"), "tiny-molmo")
+    return FigureContext(line, ("synthetic", "random weights"), "tiny-molmo", "what was found")
 
 
 @pytest.fixture(params=["default", "paper"])
@@ -155,9 +155,6 @@ def exp3(runs=5):
         records=table,
         statistics={
             "fits": {name: fit(table["num_vision_tokens"], table[name]) for name in names},
-            "encoder_per_crop": estimate(20.1),
-            "prefill_per_token": estimate(0.11),
-            "exponent": estimate(0.93),
         },
     )
 
@@ -187,8 +184,7 @@ def exp4(lengths=(8, 16, 32, 64, 128, 256, 512)):
                 "low": (11.8 + 0.001 * at).tolist(),
                 "high": (12.2 + 0.001 * at).tolist(),
             },
-            "step_growth": estimate(1.042, 0.005),
-            "dropped_lengths": [1024, 2048, 4096],
+            "first_step": estimate(14.0),
         },
     )
 

@@ -33,7 +33,7 @@ def test_a_written_interval_holds_its_value(value, width):
         (None, "? ms"),
         (math.nan, "? ms"),
         (3, "3 ms"),
-        ({"value": 3.0, "low": None, "high": None}, "3 ms [?, ?]"),
+        ({"value": 3.0, "low": None, "high": None}, "3 ms (no interval)"),
         ({"value": 3.0, "low": 3.0, "high": 3.0}, "3 ms [3, 3]"),
         ({"value": 3.0, "low": 2.0, "high": math.inf}, "3.0 ms [2.0, ?]"),
         ({"value": None, "low": None, "high": None}, "? ms"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FigureFile(FileDataset):
-    """A matplotlib figure, saved as PNG and, beside it, as PDF.
+    """A matplotlib figure, saved as PNG and, beside it, as PDF; its caption as text.
 
     Parameters
     ----------
@@ -42,6 +42,9 @@ class FigureFile(FileDataset):
             how = {"dpi": self._dpi, "format": path.suffix.removeprefix(".")}
             with replacing(path) as temporary:
                 MatplotlibDataset(filepath=temporary.as_posix(), save_args=how).save(data)
+        if caption := getattr(data, "caption", ""):
+            with replacing(self._path.with_suffix(".txt")) as temporary:
+                temporary.write_text(caption, encoding="utf-8")
 
     def preview(self) -> ImagePreview:
         """Show the figure in Kedro-Viz."""

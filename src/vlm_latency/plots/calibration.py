@@ -10,11 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm_latency.plots.notation import ends, interval
+from vlm_latency.plots.notation import LABELS, ends, interval
 from vlm_latency.plots.style import (
     ALARM,
     COLOURS,
-    LABELS,
     FigureContext,
     Style,
     column,

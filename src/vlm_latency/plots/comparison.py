@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
-from vlm_latency.plots.notation import ends, interval
+from vlm_latency.plots.notation import LABELS, ends, interval
 from vlm_latency.plots.style import (
-    LABELS,
     MUTED,
     FigureContext,
     Style,

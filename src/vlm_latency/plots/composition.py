@@ -11,15 +11,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm_latency.plots.notation import ends, interval, number
+from vlm_latency.plots.notation import LABELS, ends, interval, number
 from vlm_latency.plots.style import (
     COLOURS,
-    LABELS,
     FigureContext,
     Style,
     column,
     headline,
     jitter,
+    legend,
     nothing,
     ok_rows,
     panels,
@@ -54,7 +54,7 @@ def parameters_pie(parameters: Mapping[str, Any], context: FigureContext, style:
             title += f", and {_count(parameters['params_active'])} are active per token"
         names = ["total", "active"] if experts else ["total"]
         figure, axes = panels(style, context, title, [names], panel=(5.2, 3.0))
-        for name in names:
+        for name in axes:
             values = {key: parameters[key] or 0 for key in PARTS}
             heading = "Parameters"
             if name == "active":
@@ -77,10 +77,31 @@ def parameters_pie(parameters: Mapping[str, Any], context: FigureContext, style:
     return figure
 
 
+def latency_pie(statistics: Mapping[str, Any], context: FigureContext, style: Style) -> Figure:
+    """Draw the mean latency per component as a pie; `latency_components` has the intervals.
+
+    Parameters
+    ----------
+    statistics : mapping
+        `means` and `n`, as in `latency_components`.
+    """
+    means = {key: value for key, value in statistics["means"].items() if value is not None}
+    parts = [name for name in COMPONENTS if math.isfinite(ends(means.get(name))[0])]
+    with style.applied():
+        figure, axes = panels(style, context, context.title, [["pie"]], panel=(5.2, 3.4))
+        for panel in axes.values():
+            headline(panel, f"Mean latency of n = {statistics['n']:,} requests")
+            if parts:
+                _latency_pie(panel, means, parts)
+            else:
+                nothing(panel, "components not separable")
+    return figure
+
+
 def latency_components(
     records: pd.DataFrame, statistics: Mapping[str, Any], context: FigureContext, style: Style
 ) -> Figure:
-    """Draw a pie of the mean latency per component and, since pies hide, bars with intervals.
+    """Draw the mean latency per component, stacked and one by one, with intervals and runs.
 
     Parameters
     ----------
@@ -96,28 +117,68 @@ def latency_components(
     rows = ok_rows(records)
     means = {key: value for key, value in statistics["means"].items() if value is not None}
     parts = [name for name in COMPONENTS if math.isfinite(ends(means.get(name))[0])]
-    shares = statistics.get("shares") or {}
     with style.applied():
-        title = f"{context.model}: {interval(means.get('T_total'), 'ms')} per request"
-        first = max(parts, key=lambda name: ends(means[name])[0], default="")
-        if first in shares:
-            title += f", {interval(shares[first], '%', 100)} of it in {_called(first)}"
-        title += f" (mean of n = {statistics['n']:,})"
         figure, axes = panels(
-            style, context, title, [["pie", "bars"]], widths=[1.0, 1.75], panel=(4.2, 3.6)
+            style,
+            context,
+            context.title,
+            [["bars"]],
+            panel=(8.4, 3.6),
+            reading="Bars: means with 95 % intervals; points: runs",
         )
-        headline(axes["pie"], "Mean latency")
-        headline(axes["bars"], "Stacked, with 95 % intervals, each run a point")
-        if not parts:
-            nothing(axes["pie"], "components not separable")
-        else:
-            _latency_pie(axes["pie"], means, parts)
-        _cascade(axes["bars"], rows, means, parts, shares=shares, paper=style.paper)
+        for panel in axes.values():
+            headline(panel, f"Mean of n = {statistics['n']:,}, 95 % intervals, each run a point")
+            _bars(panel, rows, means, parts, {} if style.paper else statistics.get("shares") or {})
     return figure
 
 
-def _called(name: str) -> str:
-    return {"T_other": "neither component"}.get(name, f"the {LABELS[name]}")
+def stacks(
+    results: Mapping[str, Mapping[str, Any]], context: FigureContext, style: Style
+) -> Figure:
+    """Draw the components of several results side by side.
+
+    Parameters
+    ----------
+    results : mapping of name to mapping
+        Models, devices or engines; each the means (estimates, ms) by column name.
+    """
+    with style.applied():
+        figure, axes = panels(
+            style,
+            context,
+            context.title,
+            [["stacks"]],
+            panel=(max(4.0, 1.5 + 0.9 * len(results)), 3.6),
+            reading="Bars: mean latency per component; black: 95 % interval of the total",
+        )
+        for panel in axes.values():
+            headline(panel, "Mean latency per component")
+            for name in COMPONENTS:
+                panel.bar([], [], color=COLOURS[name], label=LABELS[name])
+            for i, means in enumerate(results.values()):
+                bottom = 0.0
+                for name in COMPONENTS:
+                    value = ends(means.get(name))[0]
+                    if value > 0:
+                        panel.bar(i, value, 0.7, bottom=bottom, color=COLOURS[name])
+                        bottom += value
+                total = ends(means.get("T_total"))[0]
+                if not bottom and total > 0:
+                    panel.bar(i, total, 0.7, color=COLOURS["T_total"], alpha=0.6)
+                panel.errorbar(
+                    i, total, yerr=whiskers(means.get("T_total")), color="black", capsize=3
+                )
+                panel.annotate(
+                    interval(means.get("T_total"), "ms").replace(" [", "\n["),
+                    (i, total + float(whiskers(means.get("T_total"))[1, 0])),
+                    xytext=(0, 3), textcoords="offset points", ha="center", size=small(),
+                )  # fmt: skip
+            panel.set_xticks(range(len(results)), [name.replace(" ", "\n") for name in results])
+            panel.grid(axis="x", visible=False)
+            panel.set_ylabel("mean latency (ms)")
+            panel.margins(y=0.15)
+            legend(panel)
+    return figure
 
 
 def _latency_pie(axes: Axes, means: Mapping[str, Any], parts: Sequence[str]) -> None:
@@ -154,24 +215,18 @@ def _donut(
     return None
 
 
-def _cascade(
+def _bars(
     axes: Axes,
     rows: pd.DataFrame,
     means: Mapping[str, Any],
     parts: Sequence[str],
-    *,
     shares: Mapping[str, Any],
-    paper: bool,
 ) -> None:
-    """Draw one stacked bar, and below it each of its pieces on a row of its own."""
-    total = ends(means.get("T_total"))[0]
-    names = ["T_total", *parts]
-    start, reach = 0.0, total if math.isfinite(total) else 0.0
-    starts = []
+    """Draw one stacked bar, and below it each of its pieces from zero, on a row of its own."""
+    total, start = ends(means.get("T_total"))[0], 0.0
     for name in parts:
         value = ends(means[name])[0]
         axes.barh(0, value, left=start, color=COLOURS[name], edgecolor="white", linewidth=0.5)
-        starts.append(start)
         start += value
     if not parts and math.isfinite(total):
         axes.barh(0, total, color=COLOURS["T_total"], alpha=0.6)
@@ -179,60 +234,35 @@ def _cascade(
         axes.errorbar(
             total, 0, xerr=whiskers(means["T_total"]), color="black", capsize=3, fmt="none"
         )
-        reach = max(reach, total + float(whiskers(means["T_total"])[1, 0]))
-    for i, (name, left) in enumerate(zip(parts, starts, strict=True), start=1):
-        _one_bar(axes, (left, i), means[name], name, rows)
-        reach = max(
-            reach, left + max(0.0, ends(means[name])[0]) + float(whiskers(means[name])[1, 0])
-        )
-    if "T_preprocess" in means:
-        names.append("T_preprocess")
-        _one_bar(axes, (0.0, len(names) - 0.6), means["T_preprocess"], "T_preprocess", rows)
-        axes.axhline(len(names) - 1.3, color="#bbbbbb", linewidth=0.8, linestyle=":")
-        reach = max(reach, ends(means["T_preprocess"])[0])
+    labels = {"T_total": "whole request", "T_preprocess": "before it:\npreprocessing"}
+    names = ["T_total", *parts, *(["T_preprocess"] if "T_preprocess" in means else [])]
     positions = [i + (0.4 if name == "T_preprocess" else 0) for i, name in enumerate(names)]
-    labels = [
-        "whole request"
-        if name == "T_total"
-        else "before it:\npreprocessing"
-        if name == "T_preprocess"
-        else LABELS[name]
-        for name in names
-    ]
     for y, name in zip(positions, names, strict=True):
-        if name not in means:
-            continue
-        text = interval(means[name], "ms")
-        if name in shares and name in parts and not paper:
+        if name != "T_total":
+            _one_bar(axes, y, means[name], name, rows)
+        text = interval(means.get(name), "ms")
+        if name in shares and name in parts:
             text += f"\n{interval(shares[name], '%', 100)}"
         axes.text(
-            1.01,
-            y,
-            text,
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            ha="left",
+            1.01, y, text, transform=axes.get_yaxis_transform(), va="center", ha="left",
             size=small(),
-        )
-    axes.set_yticks(positions, labels)
+        )  # fmt: skip
+    if "T_preprocess" in means:
+        axes.axhline(positions[-1] - 0.7, color="#bbbbbb", linewidth=0.8, linestyle=":")
+    axes.set_yticks(positions, [labels.get(name, LABELS[name]) for name in names])
     axes.set_ylim(positions[-1] + 0.6, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("latency (ms)")
-    axes.set_xlim(min(0.0, *starts, start) * 1.05 if starts else 0.0, (reach or 1.0) * 1.05)
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
 
 
-def _one_bar(axes: Axes, at: tuple[float, float], mean: Any, name: str, rows: pd.DataFrame) -> None:
-    left, y = at
+def _one_bar(axes: Axes, y: float, mean: Any, name: str, rows: pd.DataFrame) -> None:
     value = ends(mean)[0]
-    axes.barh(y, value, left=left, color=COLOURS[name], alpha=0.85)
+    axes.barh(y, value, color=COLOURS[name], alpha=0.85)
     raw = column(rows, name)
     raw = raw[np.isfinite(raw)]
-    axes.scatter(
-        left + raw, y + jitter(raw.size, 0.5), color="black", **{**point_style(raw.size), "s": 4}
-    )
-    axes.errorbar(
-        left + value, y, xerr=whiskers(mean), color="black", capsize=3, fmt="none", zorder=4
-    )
+    axes.scatter(raw, y + jitter(raw.size, 0.5), color="black", **{**point_style(raw.size), "s": 4})
+    axes.errorbar(value, y, xerr=whiskers(mean), color="black", capsize=3, fmt="none", zorder=4)
 
 
 def _count(value: float) -> str:

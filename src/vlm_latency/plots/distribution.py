@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from vlm_latency.plots.notation import ends, interval, number
+from vlm_latency.plots.notation import LABELS, ends, interval
 from vlm_latency.plots.style import (
     ALARM,
     COLOURS,
-    LABELS,
     FigureContext,
     Style,
     column,
     headline,
-    headroom,
     jitter,
+    legend,
     nothing,
     ok_rows,
     panels,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vlm_latency.statistics import Estimate, Summary, VarianceBudget
 
 PERCENTILES = {"P50": "#009E73", "P95": "#E69F00", "P99": "#D55E00"}
+FEWEST = 5  # values of which quartiles or a median say something
 LOG_RATIO = 30  # a range wider than this is drawn on a logarithmic axis
 SOURCES = {
     "content": "The tail lies in the content",
@@ -53,7 +54,7 @@ def latency_distribution(
     ----------
     records : DataFrame
         Reads `T_total`, `T_first_token` (ms), `tiling_rows`, `tiling_cols`, `num_crops`,
-        `num_output_tokens` and `status`.
+        `num_output_tokens`, `outlier_cause` and `status`.
     statistics : mapping
         `T_total` and, where measured, `T_first_token`: `statistics.Summary`;
         `variance_budget`, optional: `statistics.VarianceBudget`.
@@ -61,24 +62,29 @@ def latency_distribution(
     rows = ok_rows(records)
     total = statistics["T_total"]
     with style.applied():
-        title = (
-            f"{context.model}: half of the requests take {number(ends(total.P50)[0])} ms or "
-            f"less, one in a hundred {number(ends(total.P99)[0])} ms or more: P99/P50 = "
-            f"{interval(total.tail_ratio)} (n = {total.n:,})"
-        )
         figure, axes = panels(
             style,
             context,
-            title,
+            context.title,
             [["histogram", "cdf", "first"], ["tiling", "length", "variance"]],
+            reading=(
+                "Lines and bands: percentiles with 95 % intervals; dotted, or an arrow, where so "
+                "few requests do not bound the interval"
+            ),
         )
-        _histogram(axes["histogram"], rows, "T_total", total)
-        _cdf(axes["cdf"], rows, statistics)
-        _histogram(axes["first"], rows, "T_first_token", statistics.get("T_first_token"))
         threshold = ends(total.P99)[0]
-        _by_tiling(axes["tiling"], rows, threshold)
-        _by_length(axes["length"], rows, threshold)
-        _variance(axes["variance"], statistics.get("variance_budget"))
+        draw: dict[str, Callable[[Axes], None]] = {
+            "histogram": lambda it: _histogram(it, rows, "T_total", total),
+            "cdf": lambda it: _cdf(it, rows, statistics),
+            "first": lambda it: _histogram(
+                it, rows, "T_first_token", statistics.get("T_first_token")
+            ),
+            "tiling": lambda it: _by_tiling(it, rows, threshold),
+            "length": lambda it: _by_length(it, rows, threshold),
+            "variance": lambda it: _variance(it, statistics.get("variance_budget")),
+        }
+        for name, panel in axes.items():
+            draw[name](panel)
     return figure
 
 
@@ -108,22 +114,18 @@ def _histogram(axes: Axes, rows: pd.DataFrame, name: str, summary: Summary | Non
     for percentile, colour in PERCENTILES.items():
         statistic: Estimate = getattr(summary, percentile)
         value, low, high = ends(statistic)
-        axes.axvline(value, color=colour, label=f"{percentile} {interval(statistic)}")
-        axes.axvspan(
-            values.min() if low is None else low,
-            values.max() if high is None else high,
-            color=colour,
-            alpha=0.18,
-            linewidth=0,
-        )
+        bounded = low is not None and high is not None
+        label = f"{percentile} {interval(statistic)}"
+        axes.axvline(value, color=colour, label=label, linestyle="-" if bounded else ":")
+        if low is not None and high is not None:  # a band that ends where the data do would lie
+            axes.axvspan(low, high, color=colour, alpha=0.18, linewidth=0)
         if statistic.note:
             notes.append(statistic.note)
     axes.set(xlabel=f"{name} (ms)", ylabel="requests")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     said = [note.partition(" (found")[0].replace(">=", "≥") for note in dict.fromkeys(notes)]
     needs = [line for note in said for line in textwrap.wrap(note, 40)]
-    headroom(axes, 3 + len(needs))
-    axes.legend(loc="upper right", title="\n".join(needs) or None, alignment="left")
-    return None
+    return legend(axes, "upper right", title="\n".join(needs) or None)
 
 
 def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
@@ -136,12 +138,15 @@ def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
         drawn.append(values)
         axes.ecdf(values, color=COLOURS[name], label=f"{name} (n = {values.size:,})")
         for percentile in PERCENTILES:
+            statistic = getattr(summary, percentile)
+            value, low, high = ends(statistic)
             axes.errorbar(
-                ends(getattr(summary, percentile))[0],
+                value,
                 int(percentile[1:]) / 100 - 0.006 * len(drawn),  # side by side, not on each other
-                xerr=whiskers(getattr(summary, percentile)),
+                xerr=whiskers(statistic),
                 color=COLOURS[name],
-                fmt="o",
+                fmt=">" if high is None else "<" if low is None else "o",
+                markersize=6 if None in (low, high) else None,
                 capsize=3,
             )
     if not drawn:
@@ -150,35 +155,32 @@ def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.95, 0.99], ["0", "25", "50", "75", "95", ""])
     axes.set(xlabel="latency (ms)", ylabel="requests at or below (%)", ylim=(0, 1.04))
-    axes.legend(loc="upper left")
-    return None
+    return legend(axes)
 
 
-def _tail_scatter(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], threshold: float
-) -> None:
-    """Draw points, those at or above P99 in another colour and shape."""
+def _tail_scatter(axes: Axes, x: NDArray[np.float64], rows: pd.DataFrame, threshold: float) -> None:
+    """Draw points, those at or above P99 in another colour, in a shape for each likely cause."""
+    y = column(rows, "T_total")
     tail = y >= threshold
     axes.scatter(x[~tail], y[~tail], color=COLOURS["T_total"], **point_style(int((~tail).sum())))
-    axes.scatter(
-        x[tail],
-        y[tail],
-        s=16,
-        marker="D",
-        color=ALARM,
-        linewidths=0,
-        zorder=4,
-        label="at or above P99",
-    )
+    causes = pd.Series(["at or above P99"] * len(rows))
+    if "outlier_cause" in rows:
+        known = rows["outlier_cause"].reset_index(drop=True)
+        causes = causes.where(known.isna(), "at or above P99: " + known.astype("string"))
+    for cause, marker in zip(causes[tail].unique(), "DsPXv^", strict=False):
+        chosen = tail & (causes == cause).to_numpy()
+        axes.scatter(
+            x[chosen], y[chosen], s=16, marker=marker, color=ALARM, linewidths=0, zorder=4,
+            label=cause,
+        )  # fmt: skip
     if np.isfinite(y).any() and _is_wide(y[np.isfinite(y)]):
         axes.set_yscale("log")
     axes.set_ylabel("T_total (ms)")
-    axes.legend(loc="upper left")
-    headroom(axes, 1)
+    legend(axes)
 
 
 def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
-    headline(axes, "By tiling, with quartiles")
+    headline(axes, f"By tiling, with quartiles from n = {FEWEST}")
     total, crops = column(rows, "T_total"), column(rows, "num_crops")
     across, down = column(rows, "tiling_cols"), column(rows, "tiling_rows")
     known = np.isfinite(total) & (np.isfinite(crops) | np.isfinite(across))
@@ -191,43 +193,54 @@ def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
         groups.setdefault((key[0], key[1] if np.isfinite(key[1]) else -1.0), []).append(int(i))
     order = sorted(groups)
     names = [
-        f"{rows_:.0f}×{tiles / rows_:.0f}" if rows_ > 0 else f"{tiles:.0f} crops"
+        f"{rows_:.0f}×{tiles / rows_:.0f}"
+        if rows_ > 0
+        else f"{tiles:.0f} crop{'s' if tiles != 1 else ''}"
         for tiles, rows_ in order
     ]
     position = np.concatenate([np.full(len(groups[key]), i) for i, key in enumerate(order)])
     index = np.concatenate([groups[key] for key in order])
-    _tail_scatter(axes, position + jitter(index.size, 0.5), total[index], threshold)
-    axes.boxplot(
-        [total[groups[key]] for key in order],
-        positions=range(len(order)),
-        widths=0.65,
-        showfliers=False,
-        whis=(0, 100) if index.size <= 2 * len(order) else 1.5,
-        medianprops={"color": COLOURS["T_first_token"], "linewidth": 1.8},
-        boxprops={"linewidth": 0.8},
-        whiskerprops={"linewidth": 0.8},
-        capprops={"linewidth": 0.8},
-    )
+    large = [i for i, key in enumerate(order) if len(groups[key]) >= FEWEST]
+    if large:
+        thin = {"linewidth": 0.8}
+        axes.boxplot(
+            [total[groups[order[i]]] for i in large],
+            positions=large,
+            widths=0.65,
+            showfliers=False,
+            medianprops={"color": COLOURS["T_first_token"], "linewidth": 1.8},
+            boxprops=thin,
+            whiskerprops=thin,
+            capprops=thin,
+        )
     many = len(order) > 6
+    names = [f"{name}\nn = {len(groups[key])}" for name, key in zip(names, order, strict=True)]
     axes.set_xticks(range(len(order)), names, rotation=90 if many else 0)
+    axes.set_xlim(-0.6, len(order) - 0.4)
+    spread = jitter(index.size, 0.5)
+    _tail_scatter(axes, position + spread, rows.iloc[index], threshold)
     axes.set_xlabel("tiling (rows × columns)")
     return None
 
 
 def _by_length(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
-    headline(axes, "By output length, with medians")
+    headline(axes, f"By output length, with medians from n = {FEWEST}")
     total, tokens = column(rows, "T_total"), column(rows, "num_output_tokens")
     known = np.isfinite(total) & np.isfinite(tokens)
     if not known.any():
         return nothing(axes, "no output lengths recorded")
     total, tokens = total[known], tokens[known]
-    _tail_scatter(axes, tokens + jitter(tokens.size, 0.4), total, threshold)
-    medians = pd.Series(total).groupby(tokens).median()
-    axes.plot(
-        medians.index, medians, marker="_", color=COLOURS["T_first_token"], markersize=9, zorder=3
-    )
+    _tail_scatter(axes, tokens + jitter(tokens.size, 0.4), rows[known], threshold)
+    groups = pd.Series(total).groupby(tokens).agg(["median", "size"])
+    medians = groups.loc[groups["size"] >= FEWEST, "median"]
+    axes.hlines(
+        medians, medians.index - 0.35, medians.index + 0.35, color=COLOURS["T_first_token"],
+        linewidth=2, zorder=3,
+    )  # fmt: skip
     if np.unique(tokens).size <= 12:
         axes.set_xticks(np.unique(tokens))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("output tokens")
     return None
 
@@ -254,6 +267,9 @@ def _variance(axes: Axes, budget: VarianceBudget | None) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="share of the variance of T_total (%)")
-    axes.set_xlim(min(0.0, axes.get_xlim()[0]), 160)
-    axes.set_xticks(range(0, 101, 25))
+    low, high = axes.get_xlim()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(low, high + 0.75 * (high - low))  # the numbers stand right of the bars
+    axes.set_xticks(np.arange(50 * math.floor(low / 50), max(high, 100) + 1, 50))
+    axes.set_xlim(min(low, 0), None)
     return None

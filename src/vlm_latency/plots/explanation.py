@@ -9,10 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm_latency.plots.notation import number
+from vlm_latency.plots.notation import LABELS, number
 from vlm_latency.plots.style import (
     COLOURS,
-    LABELS,
     MUTED,
     FigureContext,
     Style,

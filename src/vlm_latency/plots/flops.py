@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm_latency.plots.notation import ends, interval, number
+from vlm_latency.plots.notation import ends, interval
 from vlm_latency.plots.style import (
     ALARM,
     COLOURS,
@@ -20,7 +21,7 @@ from vlm_latency.plots.style import (
     column,
     draw_fit,
     headline,
-    headroom,
+    legend,
     nothing,
     panels,
     point_style,
@@ -31,6 +32,8 @@ from vlm_latency.plots.style import (
 
 SWEEPS = {"exp3": ("vision sweep", "#0072B2", "o"), "exp4": ("language sweep", "#D55E00", "^")}
 UNITS = ((1e11, "T", 1e12), (1e8, "G", 1e9), (0, "M", 1e6))  # from, prefix, FLOP
+# Milliseconds per TFLOP from which on they are told per GFLOP or MFLOP.
+COSTS = ((1e7, "M", 1e6), (1e4, "G", 1e9), (0, "T", 1e12))
 REGIMES = {
     "encoder": COLOURS["T_vision_encoder"],
     "prefill": COLOURS["T_LLM_prefill"],
@@ -65,42 +68,47 @@ def flops_vs_latency(
         figure, axes = panels(
             style,
             context,
-            _title(statistics, context),
+            context.title,
             [["exp3", "exp4", "combined"], ["regime", "error", "predicted"]],
+            reading="Points: means of requests; whiskers and bands: 95 % intervals",
         )
-        for name in ("exp3", "exp4", "combined"):
-            label = SWEEPS[name][0].capitalize() if name in SWEEPS else "Both sweeps together"
-            headline(axes[name], label)
-            chosen = points if name == "combined" else points[points["sweep"] == name]
-            _scatter(axes[name], chosen, statistics.get(name), statistics["estimator"])
-        headline(axes["regime"], "What a TFLOP costs, by regime")
-        _regimes(axes["regime"], statistics.get("ms_per_tflop"))
-        headline(axes["error"], "Error on shapes held out")
-        _errors(axes["error"], statistics.get("held_out_error"))
-        headline(axes["predicted"], "Predicted against measured, held out")
-        _predicted(axes["predicted"], points)
+        estimator = statistics["estimator"]
+        draw: dict[str, tuple[str, Callable[[Axes], None]]] = {
+            name: (heading, partial(_sweep, points, name, statistics.get(name), estimator))
+            for name, heading in (
+                ("exp3", "Vision sweep"),
+                ("exp4", "Language sweep"),
+                ("combined", "Both sweeps together"),
+            )
+        }
+        draw["regime"] = (
+            "What a FLOP costs, by regime",
+            lambda it: _regimes(it, statistics.get("ms_per_tflop")),
+        )
+        draw["error"] = (
+            "Error on shapes held out",
+            lambda it: _errors(it, statistics.get("held_out_error")),
+        )
+        draw["predicted"] = (
+            "Predicted against measured, held out",
+            lambda it: _predicted(it, points),
+        )
+        for name, panel in axes.items():
+            heading, fill = draw[name]
+            headline(panel, heading)
+            fill(panel)
     return figure
 
 
-def _title(statistics: Mapping[str, Any], context: FigureContext) -> str:
-    said = []
-    regimes = {
-        name: ends(value)[0]
-        for name, value in (statistics.get("ms_per_tflop") or {}).items()
-        if ends(value)[0] > 0
-    }
-    if {"encoder", "decode"} <= set(regimes):
-        ratio = regimes["decode"] / regimes["encoder"]
-        said.append(f"a TFLOP of decode costs {number(ratio)} times one of the encoder")
-    errors = statistics.get("held_out_error") or {}
-    if "flops" in errors:
-        said.append(f"FLOPs alone miss by {interval(errors['flops'], '%', 100)}")
-    if "roofline_calibrated" in errors:
-        calibrated = interval(errors["roofline_calibrated"], "%", 100)
-        said.append(f"the calibrated roofline by {calibrated}")
-    if not errors and statistics.get("combined"):
-        said.append(f"R² over both sweeps is {interval(statistics['combined']['r_squared'])}")
-    return f"{context.model}: {', '.join(said) or 'latency against FLOPs'}"
+def _sweep(
+    points: pd.DataFrame,
+    name: str,
+    measures: Mapping[str, Any] | None,
+    estimator: str,
+    axes: Axes,
+) -> None:
+    chosen = points if name == "combined" else points[points["sweep"] == name]
+    _scatter(axes, chosen, measures, estimator)
 
 
 def _scatter(
@@ -130,36 +138,34 @@ def _scatter(
     axes.set(xlabel=f"{prefix}FLOP ({estimator.replace('_', ' ')})", ylabel="latency (ms)")
     axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(bottom=0)
-    headroom(axes, 6)
-    axes.legend(loc="upper left")
-    return None
+    return legend(axes)
 
 
 def _regimes(axes: Axes, regimes: Mapping[str, Any] | None) -> None:
-    shown = {k: v for k, v in (regimes or {}).items() if np.isfinite(ends(v)[0])}
+    """Draw points, not bars: a logarithmic axis has no zero for them to stand on."""
+    shown = {k: v for k, v in (regimes or {}).items() if ends(v)[0] > 0}
     if not shown:
         return nothing(axes)
+    least = min(ends(value)[0] for value in shown.values())
+    prefix, scale = next((name, unit / 1e12) for start, name, unit in COSTS if least >= start)
     for i, (name, value) in enumerate(shown.items()):
-        height, error = ends(value)[0], whiskers(value)
-        axes.bar(i, height, 0.6, yerr=error, color=REGIMES.get(name, MUTED), capsize=4)
+        at, error = scale * ends(value)[0], whiskers(value, scale)
+        axes.errorbar(at, i, xerr=error, fmt="o", color=REGIMES.get(name, MUTED), capsize=4)
         axes.annotate(
-            interval(value).replace(" ", "\n"),
-            (i, height + float(error[1, 0])),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            size=small(),
-        )
-    axes.set_xticks(range(len(shown)), list(shown))
-    axes.grid(axis="x", visible=False)
-    axes.set_ylabel("ms per TFLOP")
-    heights = [ends(value)[0] for value in shown.values()]
-    if min(heights) > 0 and max(heights) / min(heights) > 30:
-        axes.set_yscale("log")
+            interval(value, "", scale), (at, i), xytext=(0, 7), textcoords="offset points",
+            ha="center", size=small(),
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.set_ylim(len(shown) - 0.5, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"ms per {prefix}FLOP")
+    values = [scale * end for value in shown.values() for end in ends(value) if end and end > 0]
+    if max(values) / min(values) > 10:
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 4, max(values) * 4)  # the numbers are wider than the points
+        readable_log(axes.xaxis)
     else:
-        axes.yaxis.set_major_formatter("{x:,.15g}")
-    axes.margins(x=0.15)
-    headroom(axes, 3)
+        axes.set_xlim(0, 1.3 * max(values))
     return None
 
 
@@ -218,5 +224,4 @@ def _predicted(axes: Axes, points: pd.DataFrame) -> None:
     axes.fill_between(limits, 0.9 * limits, 1.1 * limits, color="black", alpha=0.1, label="± 10 %")
     axes.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)")
     readable_log(axes.xaxis, axes.yaxis)
-    axes.legend(loc="upper left")
-    return None
+    return legend(axes)

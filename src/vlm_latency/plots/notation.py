@@ -12,6 +12,20 @@ if TYPE_CHECKING:
 # An estimate, as statistics give it or as a result on disk has it; a bare number has no interval.
 Statistic: TypeAlias = "Estimate | Mapping[str, Any] | float | int | None"
 
+LABELS = {
+    "T_vision_encoder": "vision encoder",
+    "T_projector": "projector",
+    "T_LLM_prefill": "LLM prefill",
+    "T_LLM_decode": "LLM decode",
+    "T_LLM_decode_forward": "LLM decode, forwards",
+    "T_LLM_decode_between": "LLM decode, between forwards",
+    "T_other": "other",
+    "T_preprocess": "preprocessing",
+    "T_first_token": "time to first token",
+    "T_vision_total": "vision total",
+    "T_total": "total",
+}
+
 
 def ends(statistic: Statistic) -> tuple[float, float | None, float | None]:
     """Take an estimate or a number apart: value, low, high; NaN where there is no value."""
@@ -53,21 +67,26 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     >>> interval({"value": 1554950, "low": 1307899, "high": 1802000})
     '1,550,000 [1,310,000, 1,800,000]'
     >>> interval({"value": 1.07, "low": None, "high": None})
-    '1.07 [?, ?]'
+    '1.07 (no interval)'
+    >>> interval({"value": 4.04, "low": 1.14, "high": 14.3})  # that it excludes 1 can be read
+    '4.0 [1.1, 14.3]'
     """
     value, low, high = ends(statistic)
     unit = f" {unit}" if unit else ""
     bounds = [scale * bound for bound in (low, high) if bound is not None]
     if not bounds:
         bare = statistic is None or isinstance(statistic, float | int)
-        missing = " [?, ?]" if not bare and math.isfinite(value) else ""
+        missing = " (no interval)" if not bare and math.isfinite(value) else ""
         return number(scale * value) + unit + missing
     drawn = [*bounds, scale * value]
     width = max(drawn) - min(drawn)
     if width <= 1e-12 * abs(scale * value):
         shown = number(scale * value)
         return f"{shown}{unit} [{shown}, {shown}]"
-    decimals = min(1 - math.floor(math.log10(width)), 6)
+    decimals = 1 - math.floor(math.log10(width))
+    if min(drawn) > 0:  # two digits of the lower end
+        decimals = max(decimals, 1 - math.floor(math.log10(min(drawn))))
+    decimals = min(decimals, 6)
 
     def written(x: float | None) -> str:
         return "?" if x is None else f"{round(scale * x, decimals):,.{max(0, decimals)}f}"

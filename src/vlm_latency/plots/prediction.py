@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vlm_latency.plots.notation import ends, interval, number
+from vlm_latency.plots.notation import LABELS, ends, interval, number
 from vlm_latency.plots.style import (
     COLOURS,
-    LABELS,
     FigureContext,
     Style,
     column,

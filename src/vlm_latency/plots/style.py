@@ -21,6 +21,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from vlm_latency.options import FigureOptions
@@ -35,29 +36,23 @@ COLOURS = {
     "T_projector": "#56B4E9",
     "T_LLM_prefill": "#E69F00",
     "T_LLM_decode": "#D55E00",
+    "T_LLM_decode_forward": "#D55E00",
+    "T_LLM_decode_between": "#F3B48B",
     "T_other": "#999999",
     "T_preprocess": "#CC79A7",
     "T_first_token": "#009E73",
     "T_vision_total": "#0072B2",
     "T_total": "#333333",
 }
-LABELS = {
-    "T_vision_encoder": "vision encoder",
-    "T_projector": "projector",
-    "T_LLM_prefill": "LLM prefill",
-    "T_LLM_decode": "LLM decode",
-    "T_other": "other",
-    "T_preprocess": "preprocessing",
-    "T_first_token": "time to first token",
-    "T_vision_total": "vision total",
-    "T_total": "total",
-}
+# Several results in one panel, in Okabe and Ito's colours again.
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 ALARM = "#D55E00"
 MUTED = "#767676"
 
-PAPER_WIDTH = 3.3  # inches; one column of a two-column page
+PAPER_WIDTHS = {1: 3.3, 2: 6.9}  # inches; one column of a two-column page, or both
 PANEL = (3.9, 3.1)  # inches, width and height of one panel
-PAPER_PANEL_HEIGHT = 1.55
+PAPER_PANEL_HEIGHT = 1.9  # legends stand below the panels
+LEGEND_BELOW = 0.36  # inches under the axes: past the ticks and the label
 
 
 @dataclass(frozen=True)
@@ -71,12 +66,20 @@ class FigureContext:
     marks : tuple of str
         Warnings that are true of the numbers: "synthetic", "random weights", "partial", …
     model : str
-        The model's name, for titles.
+        The model's name.
+    finding : str
+        What was found, in a sentence that the verdict of a claim allows: the title.
     """
 
     environment_line: str = ""
     marks: tuple[str, ...] = ()
     model: str = ""
+    finding: str = ""
+
+    @property
+    def title(self) -> str:
+        """The model and what was found of it."""
+        return ": ".join(part for part in (self.model, self.finding) if part)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,12 @@ class Style:
     Parameters
     ----------
     paper : bool
-        One column wide, without title and footer (the marks stay: they are not decoration).
+        For a paper: without title and footer, which stand in the caption beside the figure (model
+        and marks stay: they are not decoration), legends below the panels.
+    columns : int
+        Of the paper's page that the figure fills: 1 or 2.
+    chosen : tuple of str
+        Names of the panels to draw; empty for all. A figure that has none of them is drawn whole.
     dpi : int
         Of the PNG.
     vision_axis : str
@@ -96,11 +104,19 @@ class Style:
     paper: bool = False
     dpi: int = 300
     vision_axis: Literal["tokens", "patches"] = "tokens"
+    columns: Literal[1, 2] = 1
+    chosen: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, options: FigureOptions) -> Style:
         """Make the style that the user's options ask for."""
-        return cls(options.style == "paper", options.dpi, options.vision_axis)
+        return cls(
+            options.style == "paper",
+            options.dpi,
+            options.vision_axis,
+            options.columns,
+            options.panels,
+        )
 
     @property
     def font_size(self) -> float:
@@ -139,26 +155,35 @@ class Style:
 
 
 class ReportFigure(Figure):
-    """A figure that keeps its style wherever it is drawn or saved.
+    """A figure that keeps its style wherever it is drawn or saved, and knows its caption.
 
     Ticks are made while drawing and fonts are embedded while saving; both follow the settings of
     that moment, which are then the caller's.
     """
 
-    def __init__(self, style: Style, **kwargs: Any) -> None:
-        self._style = style
+    def __init__(self, style: Style, about: Sequence[str], **kwargs: Any) -> None:
+        self.style = style
+        self._about = about
+        self._headings: list[str] = []
         with style.applied():
             super().__init__(dpi=style.dpi, **kwargs)
 
     def draw(self, renderer: Any) -> None:
         """Draw under the figure's own settings."""
-        with self._style.applied():
+        with self.style.applied():
             super().draw(renderer)
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
         """Save under the figure's own settings, at its style's resolution."""
-        with self._style.applied():
+        with self.style.applied():
             super().savefig(fname, **kwargs)
+
+    @property
+    def caption(self) -> str:
+        """What stands under the figure in a paper: the finding, the panels, where it is from."""
+        said = [*self._about[:1], *self._headings, *self._about[1:]]
+        ended = (text.strip() if text.strip()[-1:] in ".?" else f"{text.strip()}." for text in said)
+        return " ".join(text for text in ended if len(text) > 1) + "\n"
 
 
 def panels(
@@ -170,37 +195,43 @@ def panels(
     heights: Sequence[float] | None = None,
     widths: Sequence[float] | None = None,
     panel: tuple[float, float] = PANEL,
+    reading: str = "",
 ) -> tuple[Figure, dict[str, Axes]]:
     """Make a figure with a header, a footer and lettered panels between them.
 
     Parameters
     ----------
     title : str
-        The finding with its number; wrapped to the figure's width, dropped in a paper.
+        The finding with its number; wrapped to the figure's width, in a paper the caption's.
     names : rows of names
-        Where each panel lies; a name that fills several cells spans them. In a paper all panels
-        stand below each other in the order of their first appearance.
+        Where each panel lies; a name that fills several cells spans them. In a paper as many
+        stand side by side as the figure has columns, and chosen ones stand below each other.
     heights, widths : sequence of float, optional
         Relative sizes of the rows and columns.
     panel : (float, float)
         Inches; width and height of a cell of relative size 1.
+    reading : str
+        What the caption says of how to read it.
 
     Returns
     -------
     Figure and dict of Axes
-        The axes by name. Use within ``style.applied()``.
+        The axes of the chosen panels by name. Use within ``style.applied()``.
     """
     row_sizes = list(heights or [1.0] * len(names))
-    if style.paper:
-        order = dict.fromkeys(name for row in names for name in row)
+    order = list(dict.fromkeys(name for row in names for name in row))
+    chosen = [name for name in order if name in style.chosen] or order
+    grid = [list(row) for row in names]
+    if style.paper or chosen != order:
+        across = min(style.columns, len(chosen)) if style.paper else 1
         row_of = {name: i for i, row in reversed(list(enumerate(names))) for name in row}
-        row_sizes = [row_sizes[row_of[name]] for name in order]
-        grid, widths = [[name] for name in order], None
-        width, unit = PAPER_WIDTH, PAPER_PANEL_HEIGHT * panel[1] / PANEL[1]
-    else:
-        grid = [list(row) for row in names]
-        width = panel[0] * sum(widths or [1.0] * len(grid[0]))
-        unit = panel[1]
+        cells = [*chosen, *["."] * (-len(chosen) % across)]  # a full stop leaves a cell empty
+        grid = [cells[i : i + across] for i in range(0, len(cells), across)]
+        row_sizes = [max(row_sizes[row_of[name]] for name in row if name != ".") for row in grid]
+        widths = None
+    width, unit = panel[0] * sum(widths or [1.0] * len(grid[0])), panel[1]
+    if style.paper:
+        width, unit = PAPER_WIDTHS[style.columns], PAPER_PANEL_HEIGHT * panel[1] / PANEL[1]
     header = _header_lines(style, context, title, width)
     footer = [] if style.paper else _wrapped(context.environment_line, width, style.font_size - 2)
     top = sum(size * 1.3 / 72 for _, size, _ in header) + (0.12 if header else 0.02)
@@ -209,7 +240,8 @@ def panels(
 
     body = (0, bottom / height, 1, 1 - (top + bottom) / height)
     layout = ConstrainedLayoutEngine(rect=body, w_pad=0.06, h_pad=0.06)
-    figure = ReportFigure(style, figsize=(width, height), layout=layout)
+    about = (title, reading, "; ".join(context.marks), context.environment_line)
+    figure = ReportFigure(style, about, figsize=(width, height), layout=layout)
     y = height - 0.06
     for text, size, kind in header:
         bold, colour = ("bold", "black") if kind == "title" else ("normal", ALARM)
@@ -248,9 +280,9 @@ def _header_lines(
     lines = []
     if not style.paper:
         lines = [(t, size + 3, "title") for t in _wrapped(title, width, size + 3, bold=True)]
-    if context.marks:
-        marks = _wrapped(" · ".join(context.marks), width, size)
-        lines += [(line, size, "marks") for line in marks]
+    marks = [context.model, *context.marks] if style.paper and context.model else context.marks
+    if marks:
+        lines += [(line, size, "marks") for line in _wrapped(" · ".join(marks), width, size)]
     return lines
 
 
@@ -267,6 +299,8 @@ def headline(axes: Axes, text: str) -> None:
     assert figure is not None
     if len(figure.axes) > 1:
         text = f"({'abcdefghijkl'[figure.axes.index(axes)]}) {text}"
+    if isinstance(figure, ReportFigure):
+        figure._headings.append(text)
     cell = axes.get_subplotspec()
     assert cell is not None
     ratios = np.asarray(cell.get_gridspec().get_width_ratios(), dtype=float)
@@ -281,12 +315,39 @@ def small() -> float:
     return float(matplotlib.rcParams["legend.fontsize"])
 
 
+def legend(
+    axes: Axes, loc: str = "upper left", *, title: str | None = None, reverse: bool = False
+) -> None:
+    """Draw a panel's legend where no data are: above them, in a paper below the panel."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    figure = axes.get_figure(root=True)
+    if isinstance(figure, ReportFigure) and figure.style.paper:
+        ticks = [label.get_text() for label in axes.get_xticklabels()]
+        lines = max((text.count("\n") for text in ticks), default=0)
+        depth = LEGEND_BELOW + 1.3 * lines * figure.style.font_size / 72
+        below = ScaledTranslation(0, -depth, figure.dpi_scale_trans)
+        short = max(map(len, labels)) <= 24 and len(labels) > 2
+        place: dict[str, Any] = {
+            "loc": "upper left",
+            "bbox_to_anchor": (0, 0),
+            "bbox_transform": axes.transAxes + below,
+            "ncols": 2 if short else 1,
+            "borderpad": 0,
+        }
+    else:
+        headroom(axes, sum(text.count("\n") + 1 for text in (*labels, *([title] if title else []))))
+        place = {"loc": loc}
+    axes.legend(handles, labels, title=title, alignment="left", reverse=reverse, **place)
+
+
 def headroom(axes: Axes, lines: int) -> None:
     """Leave the top of a panel free for a legend of so many lines."""
     figure, cell = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None and cell is not None
     height = figure.get_figheight() / cell.get_gridspec().nrows - 0.6  # less heading and x axis
-    share = min(0.65, (1.6 * small() * lines / 72 + 0.2) / height)
+    share = min(0.65, (1.6 * small() * lines / 72 + 0.25) / height)
     to_axis = axes.yaxis.get_transform()
     low, high = to_axis.transform(np.array(axes.get_ylim()))
     top = to_axis.inverted().transform(np.array([low + (high - low) / (1 - share)]))[0]
@@ -300,9 +361,10 @@ def nothing(axes: Axes, why: str = "not measured") -> None:
 
 
 def readable_log(*drawn: Axis) -> None:
-    """Label logarithmic axes at 1, 2 and 5 times powers of ten, without exponents."""
+    """Label logarithmic axes at 1, 2 and 5 times powers of ten, or at these, without exponents."""
     for axis in drawn:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_locator(NullLocator())
 

@@ -11,16 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vlm_latency.plots.notation import interval
+from vlm_latency.plots.notation import LABELS, interval, number
 from vlm_latency.plots.style import (
     COLOURS,
-    LABELS,
+    SERIES,
     FigureContext,
     Style,
     column,
     draw_fit,
     headline,
-    headroom,
+    legend,
     nothing,
     ok_rows,
     panels,
@@ -52,35 +52,70 @@ def vision_tokens_vs_latency(
         `num_vision_patches`; `num_crops`, `pair`, `T_total`, `T_LLM_prefill`, `T_vision_encoder`,
         `T_projector` (ms) and `status`.
     statistics : mapping
-        `fits`: `statistics.BandedFit` by column name, ms per unit of the axis;
-        `encoder_per_crop` and `prefill_per_token`, optional: estimates (ms) of the fit that tells
-        crops from tokens; `exponent`, optional: estimate of the power law of T_total.
+        `fits`: `statistics.BandedFit` by column name, ms per unit of the axis; `floors`, optional:
+        `statistics.FloorAndLine` by column name, drawn instead of the line where one holds.
     """
     rows = ok_rows(records)
     unit = "patch" if style.vision_axis == "patches" else "token"
     x = column(rows, f"num_vision_{style.vision_axis}")
-    fits = statistics["fits"]
-    said = []
-    if "T_total" in fits:
-        slope = interval(fits["T_total"].slope, "µs", 1000)
-        said.append(f"each vision {unit} costs {slope} of T_total")
-    crops, tokens = (statistics.get(k) for k in ("encoder_per_crop", "prefill_per_token"))
-    if crops is not None and tokens is not None:
-        said.append(
-            f"told apart, a crop costs the encoder {interval(crops, 'ms')} and a token the "
-            f"prefill {interval(tokens, 'µs', 1000)}"
-        )
-    if statistics.get("exponent") is not None:
-        said.append(f"exponent {interval(statistics['exponent'])}")
-    title = f"{context.model}: {'; '.join(said) or f'latency against vision {unit}s'}"
     with style.applied():
-        figure, axes = panels(style, context, title, [list(PANELS)])
-        for name, (heading, columns) in PANELS.items():
-            headline(axes[name], f"{heading} against vision {style.vision_axis}")
-            _panel(axes[name], rows, x, columns, fits=fits, unit=unit)
-            axes[name].set_xlabel(
+        figure, axes = panels(
+            style,
+            context,
+            context.title,
+            [list(PANELS)],
+            reading=(
+                f"Points: {len(rows):,} runs of {rows['request_id'].nunique()} images; lines with "
+                "95 % bands; open diamonds: images that are cut into equally many crops but give "
+                "different numbers of tokens, a dotted line joining their medians"
+            ),
+        )
+        for name, panel in axes.items():
+            heading, columns = PANELS[name]
+            headline(panel, f"{heading} against vision {style.vision_axis} (n = {len(rows):,})")
+            _panel(panel, rows, x, columns, statistics=statistics, unit=unit)
+            panel.set_xlabel(
                 "vision tokens in the prompt" if unit == "token" else "vision patches (crops × 576)"
             )
+    return figure
+
+
+def overlaid(
+    results: Mapping[str, tuple[pd.DataFrame, BandedFit | None]],
+    name: str,
+    context: FigureContext,
+    style: Style,
+) -> Figure:
+    """Draw one column of several results against vision tokens in one panel.
+
+    Parameters
+    ----------
+    results : mapping of name to (records, line)
+        Models, devices or engines.
+    name : str
+        The column: `T_total`, `T_LLM_prefill`, …
+    """
+    with style.applied():
+        figure, axes = panels(
+            style, context, context.title, [["overlaid"]], panel=(5.6, 3.8),
+            reading="Points: runs; lines with 95 % bands",
+        )  # fmt: skip
+        for panel in axes.values():
+            headline(panel, f"{LABELS[name].capitalize()} against vision {style.vision_axis}")
+            for i, (label, (records, fit)) in enumerate(results.items()):
+                rows = ok_rows(records)
+                x, y = column(rows, f"num_vision_{style.vision_axis}"), column(rows, name)
+                known = np.isfinite(x) & np.isfinite(y)
+                colour, marker = SERIES[i % len(SERIES)], "os^Dv<>P"[i % 8]
+                dots = point_style(int(known.sum()))
+                panel.scatter(x[known], y[known], color=colour, marker=marker, **dots)
+                cost = f": {interval(fit.slope, '', 1000)} µs per token" if fit else ""
+                text = f"{label} (n = {known.sum()}){cost}"
+                panel.plot([], [], color=colour, marker=marker, label=text)
+                draw_fit(panel, fit, colour, "_fit")
+            panel.set(xlabel=f"vision {style.vision_axis}", ylabel="latency (ms)")
+            panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+            legend(panel)
     return figure
 
 
@@ -90,39 +125,44 @@ def _panel(
     x: NDArray[np.float64],
     columns: tuple[str, ...],
     *,
-    fits: Mapping[str, BandedFit],
+    statistics: Mapping[str, Any],
     unit: str,
 ) -> None:
     paired = rows["pair"].notna().to_numpy() if "pair" in rows else np.zeros(len(rows), bool)
-    drawn = False
+    drawn = []
     for name in columns:
         y = column(rows, name)
         known = np.isfinite(x) & np.isfinite(y)
         if not known.any():
             continue
-        drawn = True
+        drawn.append(y[known])
         colour = COLOURS[name]
         plain = known & ~paired
         axes.scatter(x[plain], y[plain], color=colour, **point_style(int(known.sum())))
         _pairs(axes, rows[known & paired], x[known & paired], y[known & paired], colour)
-        fit = fits.get(name)
+        fit, floor = statistics["fits"].get(name), (statistics.get("floors") or {}).get(name)
         label = LABELS[name]
-        if fit:
+        if floor and floor.holds == "floor and line":
+            at = np.linspace(x[known].min(), x[known].max(), 200)
+            axes.plot(at, floor.predict(at), color=colour, zorder=3)
+            label += (
+                f": {interval(floor.floor, 'ms')} up to {number(floor.free.value)} {unit}s,\n"
+                f"then {interval(floor.slope, '', 1000)} µs each"
+            )
+        elif fit:
             label += f": {interval(fit.slope, '', 1000)} µs per {unit}"
+            draw_fit(axes, fit, colour, "_fit")
         axes.plot([], [], color=colour, label=label)
-        draw_fit(axes, fit, colour, "_fit")
     if not drawn:
         return nothing(axes)
     if paired.any():
         axes.plot(
-            [], [], color="#555555", marker="D", mfc="white", ls=":", label="same number of crops"
-        )
+            [], [], color="#555555", marker="D", mfc="white", ls=":",
+            label="equal crops, different tokens (medians joined)",
+        )  # fmt: skip
     axes.set_ylabel("latency (ms)")
-    lowest = min(float(np.nanmin(column(rows, name), initial=0.0)) for name in columns)
-    axes.set_ylim(bottom=lowest)
-    headroom(axes, len(columns) + bool(paired.any()))
-    axes.legend(loc="upper left")
-    return None
+    axes.set_ylim(bottom=min(0.0, *(float(y.min()) for y in drawn)))
+    return legend(axes)
 
 
 def _pairs(

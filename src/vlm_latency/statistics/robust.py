@@ -122,7 +122,7 @@ def _bisquare(design: Floats, y: Floats, kept: Floats, start: Floats) -> Floats:
     Huber's fit, which has one minimum, gives the scale (MAD of its residuals) and the start.
     """
     beta = np.broadcast_to(start, (len(kept), design.shape[1]))
-    smallest = EXACT * float(np.abs(y).max())
+    smallest = max(EXACT * float(np.abs(y).max()), 1e-300)  # a part that takes no time at all
     scale = np.zeros((len(kept), 1))
     products = design[:, :, None] * design[:, None, :]
     for tuning in (HUBER, BISQUARE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -19,7 +20,7 @@ from vlm_latency.records import (
 
 if TYPE_CHECKING:
     from vlm_latency.plots.style import FigureContext
-    from vlm_latency.statistics import BandedFit, Claim, Estimate
+    from vlm_latency.statistics import BandedFit, ChosenLine, Claim, Estimate
 
 # What an entry holds beside its times and counts; everything else is in the records.
 _ENTRY_TEXTS = ("grid", "resolution", "pair", "generated_text", "image_id", "question_id")
@@ -50,6 +51,52 @@ COMPILED_STEP = (
     "inside it cannot be told apart"
 )
 MEANS = ("T_preprocess", "T_total", "T_first_token", "T_vision_total", *COMPONENTS)
+
+
+# What disturbs a run and holds no time of the run itself.
+DISTURBANCES = ("first visit of a length", "clock drop or throttling", "slow host")
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """A headline number over all runs, and over those that nothing known disturbed.
+
+    `moved` says that the second lies outside of the first one's interval.
+    """
+
+    number: str
+    with_all: Estimate
+    undisturbed: Estimate
+    disturbed_runs: int
+    of: int
+    causes: dict[str, int]
+    moved: bool
+
+    def __str__(self) -> str:
+        from vlm_latency.plots.notation import interval
+
+        return (
+            f"without the {self.disturbed_runs} of {self.of} runs that were disturbed "
+            f"({', '.join(self.causes)}) {self.number} is {interval(self.undisturbed, 'ms')}"
+        )
+
+
+def disturbance(
+    rows: pd.DataFrame, number: str, compute: Callable[[pd.DataFrame], Estimate | None]
+) -> Disturbance | None:
+    """Give a headline number with and without disturbed runs; None where no run was disturbed.
+
+    Nothing is removed anywhere else: a title says where it would matter.
+    """
+    causes = rows["outlier_cause"].where(rows["outlier_cause"].isin(DISTURBANCES)).dropna()
+    if causes.empty or len(causes) == len(rows):
+        return None
+    everything, rest = compute(rows), compute(rows.drop(index=causes.index))
+    if everything is None or rest is None or rest.value is None:
+        return None
+    moved = everything.above(rest.value) or everything.below(rest.value)
+    counts = {str(cause): int(count) for cause, count in causes.value_counts().items()}
+    return Disturbance(number, everything, rest, len(causes), len(rows), counts, moved)
 
 
 def succeeded(records: pd.DataFrame) -> pd.DataFrame:
@@ -115,12 +162,19 @@ def frame(
     coverage: dict[str, Any],
     statistics: Mapping[str, Any],
     claims: Sequence[Claim],
+    finding: str = "",
 ) -> dict[str, Any]:
     """Give the top level that every result has beside the seed's own keys.
 
     Statistics and claims are handed on as the objects they are: the dataset that writes the
     result makes JSON of them.
+
+    Parameters
+    ----------
+    finding
+        What was found, in a sentence that the claims' verdicts allow.
     """
+    judged = judged_on(environment)
     if environment["model"].get("engine") == "compiled":
         statistics = {**statistics, "notes": [*(statistics.get("notes") or ()), COMPILED_STEP]}
     return {
@@ -132,12 +186,18 @@ def frame(
         "options": options.model_dump(mode="json"),
         "statistics": statistics,
         "coverage": coverage,
-        "claims": list(claims),
+        "finding": finding,
+        "claims": [
+            replace(claim, note="; ".join(filter(None, (claim.note, judged)))) for claim in claims
+        ],
     }
 
 
 def context(
-    options: ExperimentOptions, environment: dict[str, Any], coverage: dict[str, Any]
+    options: ExperimentOptions,
+    environment: dict[str, Any],
+    coverage: dict[str, Any],
+    finding: str = "",
 ) -> FigureContext:
     """Say in a figure's footer where its numbers come from, and what is to be known of them."""
     from vlm_latency.plots.style import FigureContext
@@ -148,7 +208,22 @@ def context(
             {"environment": environment, "coverage": coverage, "protocol": options.protocol}
         ),
         model=str(environment["model"]["name"]),
+        finding=finding,
     )
+
+
+def judged_on(environment: dict[str, Any]) -> str:
+    """Say of a claim that it was judged on weights that were never trained."""
+    model = environment["model"]
+    if model.get("weights") != "random":
+        return ""
+    toy = "a toy" if str(model["name"]).startswith("tiny-") else "a model"
+    return f"judged on {model['name']}, {toy} with random weights"
+
+
+def sentence(*parts: str | None) -> str:
+    """Join what was found."""
+    return "; ".join(part for part in parts if part)
 
 
 def marks(result: dict[str, Any]) -> tuple[str, ...]:
@@ -184,10 +259,16 @@ def unless_impossible(
 
 
 def fits(
-    rows: pd.DataFrame, x: str, names: Sequence[str], notes: list[str]
-) -> dict[str, BandedFit]:
-    """Fit lines of several columns over one, with their bands for the figures."""
-    from vlm_latency.statistics import linear_fit
+    rows: pd.DataFrame, x: str, names: Sequence[str], alike: pd.Series, notes: list[str]
+) -> dict[str, ChosenLine]:
+    """Fit lines of several columns over one, by least squares and robustly.
+
+    Parameters
+    ----------
+    alike
+        Which runs are alike: of one request, or of one image.
+    """
+    from vlm_latency.statistics import headline_line
 
     found = {}
     for name in names:
@@ -196,11 +277,16 @@ def fits(
             continue
         axis = known[x].astype(float)
         fit = unless_impossible(
-            notes, f"line of {name}", linear_fit, axis, known[name], known["request_id"]
+            notes, f"line of {name}", headline_line, axis, known[name], alike[known.index]
         )
         if fit is not None:
-            found[name] = fit.banded(axis)
+            found[name] = fit
     return found
+
+
+def banded(lines: Mapping[str, ChosenLine], x: pd.Series) -> dict[str, BandedFit]:
+    """Give the line that is the headline of each column, with its band for the figures."""
+    return {name: line.headline.banded(x.astype(float)) for name, line in lines.items()}
 
 
 def means(rows: pd.DataFrame, names: Sequence[str] = MEANS) -> dict[str, Estimate]:
@@ -210,7 +296,7 @@ def means(rows: pd.DataFrame, names: Sequence[str] = MEANS) -> dict[str, Estimat
     return {
         name: mean_estimate(known[name], clusters(known))
         for name in names
-        if not (known := rows[rows[name].notna()]).empty
+        if name in rows and not (known := rows[rows[name].notna()]).empty
     }
 
 
@@ -221,7 +307,7 @@ def shares(rows: pd.DataFrame, names: Sequence[str] = COMPONENTS) -> dict[str, E
     return {
         name: ratio_estimate(known[name], known["T_total"], clusters(known))
         for name in names
-        if not (known := rows[rows[name].notna()]).empty
+        if name in rows and not (known := rows[rows[name].notna()]).empty
     }
 
 
@@ -247,18 +333,21 @@ def estimates_table(found: Mapping[str, Estimate], unit: str) -> pd.DataFrame:
     )
 
 
-def slopes_table(lines: Mapping[str, BandedFit]) -> pd.DataFrame:
+def slopes_table(lines: Mapping[str, ChosenLine]) -> pd.DataFrame:
     """Put fitted lines side by side."""
     return pd.DataFrame(
         [
             {
                 "quantity": name,
-                "ms per token": fit.slope.value,
-                "low": fit.slope.low,
-                "high": fit.slope.high,
-                "R²": fit.r_squared,
-                "intercept ms": fit.intercept.value,
+                "ms per token": line.headline.slope.value,
+                "low": line.headline.slope.low,
+                "high": line.headline.slope.high,
+                "intercept ms": line.headline.intercept.value,
+                "fit": line.chosen,
+                "R²": line.least_squares.r_squared,
+                "least squares": line.least_squares.slope.value,
+                "robust": line.robust.slope.value,
             }
-            for name, fit in lines.items()
+            for name, line in lines.items()
         ]
     )

@@ -9,11 +9,12 @@ import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
+from vlm_latency.plots.notation import interval, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.statistics import Estimate, Summary
+    from vlm_latency.statistics import Claim, Estimate, Summary
 
 # Entry key of the seed's files → column.
 ENTRY = {
@@ -39,6 +40,7 @@ def report(
     from vlm_latency import statistics as st
     from vlm_latency.plots.distribution import latency_distribution
     from vlm_latency.plots.style import Style
+    from vlm_latency.statistics.variance import FACTORS
 
     rows = common.succeeded(records)
     # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
@@ -49,27 +51,42 @@ def report(
         for name in ("T_total", "T_first_token", "T_preprocess")
         if not (known := sample[sample[name].notna()]).empty
     }
+    factors = dict(FACTORS)
+    new = rows["first_of_length"].fillna(False).astype(bool)
+    if new.any() and not new.all():  # only where new lengths are not visited before
+        factors["first visit of a length"] = "first_of_length"
     budget = common.unless_impossible(
-        notes, "variance budget", st.variance_budget, rows.assign(image_id=common.clusters(rows))
+        notes,
+        "variance budget",
+        st.variance_budget,
+        rows.assign(image_id=common.clusters(rows), first_of_length=new),
+        factors=factors,
     )
     total = summaries["T_total"]
     found: dict[str, Any] = {
         **summaries,
         "variance_budget": budget,
+        "disturbed": common.disturbance(
+            sample,
+            "P95 of T_total",
+            lambda runs: st.percentile(runs["T_total"], 95, clusters=common.clusters(runs)),
+        ),
+        "new_lengths": coverage.get("lengths"),
         "outliers": outliers(rows),
         "accuracy": accuracy(rows, requests, environment),
         "notes": notes,
     }
+    claim = st.tail_claim(total.tail_ratio)
+    finding = _finding(total, claim, found["disturbed"])
     figure = latency_distribution(
         sample,
         found,
-        common.context(options, environment, coverage),
+        common.context(options, environment, coverage, finding),
         Style.of(options.figures),
     )
-    claims = [st.tail_claim(total.tail_ratio)]
     result = {
         "results": question_entries(records, requests),
-        **common.frame(options, environment, coverage, found, claims),
+        **common.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
         "percentiles": percentiles_table(summaries),
@@ -77,6 +94,22 @@ def report(
         "by_output_length": _by(sample, "num_output_tokens"),
     }
     return result, tables, figure
+
+
+def _finding(total: Summary, claim: Claim, disturbed: common.Disturbance | None) -> str:
+    """Say what the claim's verdict allows; a percentile without an upper bound is no headline."""
+    half = f"half of the requests take {interval(total.P50, 'ms')} or less"
+    ratio = total.tail_ratio
+    if claim.verdict == "undecided" or ratio is None:
+        most = f", 95 % take {interval(total.P95, 'ms')} or less" if total.P95.high else ""
+        tail = f"{most}; whether P99 ≫ P50 cannot be said from n = {total.n:,}"
+    elif ratio.high is None:
+        tail = f", and the tail is long: P99 is at least {number(ratio.low)} times that"
+    elif claim.verdict == "supported":
+        tail = f", and the tail is long: P99 is {interval(ratio)} times that"
+    else:
+        tail = f", and the tail is short: P99 is {interval(ratio)} times that"
+    return common.sentence(half + tail, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict[str, Any]]:

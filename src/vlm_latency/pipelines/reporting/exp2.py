@@ -9,11 +9,13 @@ import pandas as pd
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
 from vlm_latency.pipelines.reporting.exp1 import outliers, question_entries
+from vlm_latency.plots.notation import LABELS, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vlm_latency.models import ModelHandle
+    from vlm_latency.statistics import Claim
 
 
 def report(
@@ -23,16 +25,17 @@ def report(
     coverage: dict[str, Any],
     environment: dict[str, Any],
     model: ModelHandle,
-) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, Figure]:
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, Figure, Figure]:
     """Report on the components.
 
     Returns
     -------
-    result, tables, parameters, latency
-        ``exp2_component_profiling`` as JSON, tables for people, and the two figures.
+    result, tables, parameters, latency, components
+        ``exp2_component_profiling`` as JSON, tables for people, and the figures: two pies, as the
+        seed study has them, and what pies cannot show.
     """
     from vlm_latency import statistics as st
-    from vlm_latency.plots.composition import latency_components, parameters_pie
+    from vlm_latency.plots.composition import latency_components, latency_pie, parameters_pie
     from vlm_latency.plots.style import Style
 
     rows = common.succeeded(records)
@@ -51,19 +54,22 @@ def report(
         "shares": shares,
         "llm_share": llm,
         "n": len(entries),
+        "disturbed": common.disturbance(
+            rows, "the mean of T_total", lambda runs: common.means(runs, ["T_total"]).get("T_total")
+        ),
         "outliers": outliers(rows),
     }
-    context, style = common.context(options, environment, coverage), Style.of(options.figures)
-    claims = [
-        st.llm_bottleneck_claim(_share(parameters), llm),
-    ]
+    claim = st.llm_bottleneck_claim(_share(parameters), llm)
+    finding = _finding(found, claim)
+    context = common.context(options, environment, coverage, finding)
+    style = Style.of(options.figures)
     averaged = common.entries(records, requests).drop(columns=["image_id", "question_id"])
     numbers = averaged.select_dtypes("number").mean()
     result = {
         "results": entries,
         "average_latencies": {str(name): value for name, value in numbers.items()},
         "parameters": parameters,
-        **common.frame(options, environment, coverage, found, claims),
+        **common.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
         "latency": common.estimates_table(means, "ms"),
@@ -74,8 +80,30 @@ def report(
         result,
         tables,
         parameters_pie(parameters, context, style),
+        latency_pie(found, context, style),
         latency_components(rows, found, context, style),
     )
+
+
+def _finding(found: dict[str, Any], claim: Claim) -> str:
+    """Say what the claim's verdict allows."""
+    from vlm_latency.statistics.claims import BOTTLENECK_SHARE
+
+    means, shares, disturbed = found["means"], found["shares"], found["disturbed"]
+    said = f"{interval(means['T_total'], 'ms')} per request"
+    parts = {name: share for name, share in shares.items() if share.value is not None}
+    llm, most = found["llm_share"], max(parts, key=lambda name: parts[name].value, default=None)
+    if claim.verdict == "supported":
+        said += f", {interval(llm, '%', 100)} of it in the LLM: the bottleneck"
+    elif most:
+        where = "neither component" if most == "T_other" else f"the {LABELS[most]}"
+        said += f", {interval(parts[most], '%', 100)} of it in {where}"
+        if claim.verdict == "contradicted":
+            lacking = "latency" if llm is not None and llm.below(BOTTLENECK_SHARE) else "parameters"
+            said += f"; the LLM holds less than half of the {lacking}: not the bottleneck"
+        else:
+            said += "; whether the LLM is the bottleneck is undecided"
+    return common.sentence(said, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def _share(parameters: dict[str, int | None]) -> float | None:

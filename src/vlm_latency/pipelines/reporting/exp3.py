@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
 from vlm_latency.pipelines.reporting.exp1 import outliers
+from vlm_latency.plots.notation import interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.statistics import Estimate
+    from vlm_latency.statistics import Estimate, FloorAndLine
 
 FITTED = ("T_total", "T_first_token", "T_vision_encoder", "T_projector", "T_LLM_prefill")
 
@@ -43,8 +45,9 @@ def report(
     rows = common.succeeded(records)
     notes: list[str] = []
     axis = f"num_vision_{options.figures.vision_axis}"
-    lines = common.fits(rows, axis, FITTED, notes)
     tokens, request = rows[axis].astype(float), rows["request_id"]
+    lines = common.fits(rows, axis, FITTED, request, notes)
+    floors = _floors(rows, tokens, notes)
     exponent = common.unless_impossible(
         notes, "exponent", st.power_law_fit, tokens, rows["T_total"], request
     )
@@ -63,7 +66,10 @@ def report(
     prefill = _crops_and_tokens(rows, "T_LLM_prefill", notes)
     found = {
         "axis": axis,
-        "fits": lines,
+        "sizes": sorted(tokens.unique()),
+        "fits": common.banded(lines, tokens),
+        "lines": lines,
+        "floors": floors,
         "exponent": exponent.exponent if exponent else None,
         "marginal_change": common.unless_impossible(
             notes, "marginal cost", st.marginal_change, tokens, rows["T_total"], request
@@ -74,36 +80,103 @@ def report(
         "encoder_per_token": encoder.get("num_vision_tokens"),
         "prefill_per_crop": prefill.get("num_crops"),
         "prefill_per_token": prefill.get("num_vision_tokens"),
+        "disturbed": common.disturbance(
+            rows, "a vision token's cost", lambda runs: _slope(runs, axis)
+        ),
         "outliers": outliers(rows),
         "notes": notes,
     }
-    figure = vision_tokens_vs_latency(
-        rows, found, common.context(options, environment, coverage), Style.of(options.figures)
-    )
-    known = rows["T_LLM_prefill"].notna()
-    prefill_line = common.unless_impossible(
-        notes,
-        "line of T_LLM_prefill",
-        st.headline_line,
-        tokens[known],
-        rows.loc[known, "T_LLM_prefill"],
-        request[known],
-    )
-    prefill_line = prefill_line and prefill_line.headline
+    prefill_line = lines["T_LLM_prefill"].headline if "T_LLM_prefill" in lines else None
+    growth = prefill_line.growth(tokens.min(), tokens.max()) if prefill_line else None
     claims = [
         st.vision_sublinear_claim(found["marginal_change"], found["exponent"]),
-        st.prefill_grows_claim(
-            prefill_line and prefill_line.growth(tokens.min(), tokens.max()),
-            prefill_line and prefill_line.slope,
-        ),
+        st.prefill_grows_claim(growth, prefill_line.slope if prefill_line else None),
     ]
+    if (floor := floors.get("T_total")) and floor.holds == "floor and line":
+        claims[0] = replace(claims[0], note=common.sentence(claims[0].note, floor.note))
+    finding = _finding(found, options.figures.vision_axis)
+    figure = vision_tokens_vs_latency(
+        rows,
+        found,
+        common.context(options, environment, coverage, finding),
+        Style.of(options.figures),
+    )
     table = common.entries(records, requests, common.COSTS)
     result = {
         "results": common.entry_dicts(table),
         "ceilings": ceilings,
-        **common.frame(options, environment, coverage, found, claims),
+        **common.frame(options, environment, coverage, found, claims, finding),
     }
     return result, {"grids": _grids(table), "slopes": common.slopes_table(lines)}, figure
+
+
+def _floors(rows: pd.DataFrame, tokens: pd.Series, notes: list[str]) -> dict[str, FloorAndLine]:
+    """Ask of each column whether launches set a floor, below which a token costs nothing."""
+    from vlm_latency.statistics import floor_and_line
+
+    found = {}
+    for name in ("T_total", "T_first_token", "T_LLM_prefill"):
+        known = rows[rows[name].notna()]
+        fit = common.unless_impossible(
+            notes,
+            f"floor of {name}",
+            floor_and_line,
+            tokens[known.index],
+            known[name],
+            known["request_id"],
+        )
+        if fit is not None:
+            found[name] = fit
+    return found
+
+
+def _slope(rows: pd.DataFrame, axis: str) -> Estimate | None:
+    fits = common.fits(rows, axis, ["T_total"], rows["request_id"], [])
+    return fits["T_total"].headline.slope if fits else None
+
+
+def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
+    """Say what the tests allow: a cost per token only of what follows a line."""
+    unit = "patch" if axis == "patches" else "token"
+    said, lines, floors, bend = [], found["lines"], found["floors"], found["linearity"]
+    floor = floors.get("T_total")
+    if _carries(floor, found["sizes"]):
+        said.append(
+            f"below {interval(floor.free)} vision {axis} one costs nothing, beyond each costs "
+            f"{interval(floor.slope, 'µs', 1000)} of T_total"
+        )
+    elif "T_total" in lines:
+        slope = lines["T_total"].headline.slope
+        cost = interval(slope, "µs", 1000)
+        if not slope.above(0):
+            said.append(f"what a vision {unit} costs cannot be told from zero ({cost})")
+        elif bend and bend.verdict == "not a line":
+            said.append(f"T_total does not follow one line: {cost} per vision {unit} on average")
+        else:
+            said.append(f"each vision {unit} costs {cost} of T_total")
+    prefill = floors.get("T_LLM_prefill")
+    if _carries(prefill, found["sizes"]) and not _carries(floor, found["sizes"]):
+        said.append(f"below {interval(prefill.free)} {axis} one costs the prefill nothing")
+    crop, token = found["encoder_per_crop"], found["prefill_per_token"]
+    apart = []
+    if crop and crop.above(0):
+        apart.append(f"a crop costs the encoder {interval(crop, 'ms')}")
+    if token and token.above(0):
+        apart.append(f"a token the prefill {interval(token, 'µs', 1000)}")
+    if apart:
+        said.append("told apart, " + " and ".join(apart))
+    disturbed = found["disturbed"]
+    return common.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
+
+
+def _carries(fit: FloorAndLine | None, sizes: list[float]) -> TypeGuard[FloorAndLine]:
+    """Whether a floor is a headline: it holds, and at least two sizes surely lie on it."""
+    return (
+        fit is not None
+        and fit.holds == "floor and line"
+        and fit.free.low is not None
+        and sum(size <= fit.free.low for size in sizes) > 1
+    )
 
 
 def _crops_and_tokens(rows: pd.DataFrame, column: str, notes: list[str]) -> dict[str, Estimate]:

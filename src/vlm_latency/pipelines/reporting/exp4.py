@@ -11,11 +11,16 @@ from vlm_latency.experiments import LanguageSampling
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
 from vlm_latency.pipelines.reporting.exp1 import outliers
+from vlm_latency.plots.notation import interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from vlm_latency.statistics import Claim, Estimate
+
 BINS = 48  # of positions, for the line through the steps
 FITTED = ("T_LLM_decode", "T_total")
+SPLIT = ("T_LLM_decode_forward", "T_LLM_decode_between")
 
 
 def report(
@@ -40,7 +45,8 @@ def report(
 
     rows = common.succeeded(records)
     notes: list[str] = []
-    lines = common.fits(rows, "num_output_tokens", FITTED, notes)
+    image, tokens = common.clusters(rows), rows["num_output_tokens"].astype(float)
+    lines = common.fits(rows, "num_output_tokens", FITTED, image, notes)
     decoded = rows[(rows["num_output_tokens"] > 1) & (rows["T_LLM_decode"] > 0)]
     exponent = common.unless_impossible(
         notes,
@@ -51,41 +57,80 @@ def report(
         common.clusters(decoded),
     )
     steps = _steps(rows)
+    # The first step after a prefill is another one: it meets the device in another state.
+    first, later = steps[steps["position"] == 1], steps[steps["position"] > 1]
     growth = None
-    if len(steps) and steps["position"].nunique() > 2:
-        line = st.linear_fit(steps["position"], steps["ms"], steps["image"])
-        growth = line.growth(1, float(steps["position"].max()))
+    if later["position"].nunique() > 2:
+        line = st.linear_fit(later["position"], later["ms"], later["image"])
+        growth = line.growth(2, float(later["position"].max()))
     prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
     found: dict[str, Any] = {
-        "fits": lines,
+        "fits": common.banded(lines, tokens),
+        "lines": lines,
         "exponent": exponent.exponent if exponent else None,
         "lengths": _lengths(rows),
         "prefill": prefill,
-        "steps": _smooth(steps),
+        "steps": _smooth(later),
+        "first_step": st.mean_estimate(first["ms"], first["image"]) if len(first) else None,
+        "later_steps": st.mean_estimate(later["ms"], later["image"]) if len(later) else None,
+        "decode_split": common.means(rows, SPLIT),
         "step_growth": growth,
         "dropped_lengths": _dropped(options, requests, given_requests),
+        "disturbed": common.disturbance(rows, "an output token's time", _slope),
         "outliers": outliers(rows),
         "notes": notes,
     }
+    claim = st.language_linear_claim(growth, exponent.exponent if exponent else None)
+    finding = _finding(found, claim)
     figure = language_tokens_vs_latency(
-        rows, found, common.context(options, environment, coverage), Style.of(options.figures)
+        rows,
+        found,
+        common.context(options, environment, coverage, finding),
+        Style.of(options.figures),
     )
-    claims = [st.language_linear_claim(growth, exponent.exponent if exponent else None)]
     table = common.entries(records, requests, common.COSTS)
     result = {
         "results": common.entry_dicts(table, {"query_id": "question_id"}),
         "use_eos_token": options.sampling.use_eos_token,
         "ceilings": ceilings,
-        **common.frame(options, environment, coverage, found, claims),
+        **common.frame(options, environment, coverage, found, [claim], finding),
     }
     lengths = pd.DataFrame(
         [
             {"num_output_tokens": line["num_output_tokens"]}
-            | {name: line[name].value for name in common.MEANS if name in line}
+            | {name: line[name].value for name in (*common.MEANS, *SPLIT) if name in line}
             for line in found["lengths"]
         ]
     )
     return result, {"lengths": lengths, "slopes": common.slopes_table(lines)}, figure
+
+
+def _slope(rows: pd.DataFrame) -> Estimate | None:
+    image = common.clusters(rows)
+    fits = common.fits(rows, "num_output_tokens", ["T_LLM_decode"], image, [])
+    return fits["T_LLM_decode"].headline.slope if fits else None
+
+
+def _finding(found: dict[str, Any], claim: Claim) -> str:
+    """Say what the claim's verdict allows; what is undecided is no headline."""
+    said = []
+    if "T_LLM_decode" in found["lines"]:
+        slope = found["lines"]["T_LLM_decode"].headline.slope
+        said.append(f"each output token takes {interval(slope, 'ms')}")
+        if not slope.above(0):
+            said = [
+                f"what an output token takes cannot be told from zero ({interval(slope, 'ms')})"
+            ]
+    growth = found["step_growth"]
+    if claim.verdict == "undecided":
+        said.append("whether steps get slower cannot be said from these runs")
+    elif growth is not None:
+        flat = ", no more than 10 % off: linear" if claim.verdict == "supported" else ""
+        said.append(f"the last step takes {interval(growth)} × the second{flat}")
+    if dropped := found["dropped_lengths"]:
+        said.append(f"{', '.join(map(str, dropped))} tokens do not fit the model: left out")
+    disturbed = found["disturbed"]
+    return common.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def _dropped(
@@ -105,7 +150,8 @@ def _dropped(
 def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Average every component at every length."""
     return [
-        {"num_output_tokens": length, "n": len(group)} | common.means(group)
+        {"num_output_tokens": length, "n": len(group)}
+        | common.means(group, (*common.MEANS, *SPLIT))
         for length, group in rows.groupby(rows["num_output_tokens"].astype(int))
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import common
+from vlm_latency.plots.notation import interval
 from vlm_latency.results import entry_table
 
 if TYPE_CHECKING:
@@ -80,9 +82,10 @@ def report(
     }
     claim = st.flops_imperfect_claim(held_out.get("flops"), held_out.get("ratio"))
     found["verdict"] = _verdict(found, claim)
+    finding = _finding(found, claim)
     coverage = {name: data.get("coverage") for name, data in sweeps.items()}
-    context = common.context(options, environment, {"partial": False})
-    context = type(context)(context.environment_line, (*context.marks, *marks), context.model)
+    context = common.context(options, environment, {"partial": False}, finding)
+    context = replace(context, marks=(*context.marks, *marks))
     drawn = points.rename(columns={"flops_total": "flops", "T_total": "latency_ms"})
     figure = flops_vs_latency(drawn, found, context, Style.of(options.figures))
     result = {
@@ -96,7 +99,7 @@ def report(
             }
             for name, column in SWEEPS.items()
         },
-        **common.frame(options, environment, coverage, found, [claim]),
+        **common.frame(options, environment, coverage, found, [claim], finding),
     }
     return result, {"predictors": _predictors(held_out), "association": _table(estimators)}, figure
 
@@ -291,6 +294,25 @@ def _held_out(
     }, points.join(pd.DataFrame(predicted, index=points.index))
 
 
+SAID = {
+    "supported": "FLOPs alone do not predict latency",
+    "contradicted": "FLOPs alone predict latency",
+    "undecided": "whether FLOPs alone predict latency cannot be said from these data",
+}
+
+
+def _finding(found: dict[str, Any], claim: Claim) -> str:
+    """Say what the claim's verdict allows."""
+    errors = found["held_out_error"] or {}
+    said = [SAID[claim.verdict]]
+    if "flops" in errors:
+        said.append(f"they miss held-out shapes by {interval(errors['flops'], '%', 100)}")
+    if "roofline_calibrated" in errors:
+        calibrated = interval(errors["roofline_calibrated"], "%", 100)
+        said.append(f"the calibrated roofline by {calibrated}")
+    return f"{said[0]}: {', '.join(said[1:])}" if len(said) > 1 else said[0]
+
+
 def _verdict(found: dict[str, Any], claim: Claim) -> str:
     """Answer the question in a sentence; the numbers decide which."""
     errors = found["held_out_error"]
@@ -298,11 +320,8 @@ def _verdict(found: dict[str, Any], claim: Claim) -> str:
         combined = found.get("combined")
         r_squared = f"R² over both sweeps is {combined['r_squared']:.3f}" if combined else "no line"
         return f"{r_squared}; held-out errors could not be computed, so the question stays open."
-    said = {
-        "supported": "FLOPs alone do not predict latency",
-        "contradicted": "FLOPs alone predict latency",
-        "undecided": "Whether FLOPs alone predict latency cannot be said from these data",
-    }[claim.verdict]
+    said = SAID[claim.verdict]
+    said = said[0].upper() + said[1:]
     parts = [f"{name.replace('_', ' ')} {100 * e.value:.1f} %" for name, e in errors.items()]
     regimes = found["ms_per_tflop"]
     spread = ""
