@@ -21,6 +21,7 @@ from vlm_latency.instrument.injection import (
     DeviceSleep,
     HostSpin,
     delayed,
+    delays,
     leads,
     regime,
     replayed_encoder,
@@ -410,7 +411,13 @@ def test_the_figure_draws_what_a_calibration_finds(loaded: Any) -> None:
     requests = pd.DataFrame({"request_id": ["a"], **about})
     found = calibrate(vlm, QUICK, requests, image)
     context = FigureContext(environment_line="here", marks=(), model="llava")
-    figure = draw(pd.DataFrame(found["injections"]), found["statistics"], context, Style())
+    figure = draw(
+        pd.DataFrame(found["injections"]),
+        found["known_truth"]["cases"],
+        found["statistics"],
+        context,
+        Style(),
+    )
     assert len(figure.axes) == 6
 
 
@@ -435,3 +442,24 @@ def test_a_sleep_kernel_is_recovered_on_a_gpu(loaded: Any) -> None:
             times = meter(placed, 3).times
         assert times[component] >= delay.length_ms()
         assert times["T_total"] >= delay.length_ms()
+
+
+@pytest.mark.gpu
+def test_what_adds_up_on_a_gpu_comes_back_there(loaded: Any) -> None:
+    """Each delay that the regime names, host or device, lengthens its component by its length."""
+    vlm, prepared = loaded
+    vlm.device = torch.device("cuda", 0)
+    vlm.model.to(vlm.device)
+    placed = type(prepared)({name: value.to(vlm.device) for name, value in prepared.inputs.items()})
+    meter = make_meter(vlm)
+    for _ in range(3):
+        plain = meter(placed, 3).times
+    host = meter.timeline.host_marks()
+    lead = leads(host, meter.timeline.device_marks())
+    known = delays(vlm.device)
+    for component in COMPONENTS:
+        for kind, where in regime(host, lead, component)["cases"]:
+            with delayed(vlm, component, 100.0, known[kind], where):
+                times = meter(placed, 3).times
+            length = known[kind].length_ms()
+            assert times[component] - plain[component] == pytest.approx(length, rel=0.1)

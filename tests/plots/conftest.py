@@ -254,8 +254,19 @@ def calibrated():
     )
     return SimpleNamespace(
         injections=injections,
+        cases=[
+            {
+                "component": part,
+                "kind": kind,
+                "delay_ms": delay,
+                "tolerance_ms": max(0.2, delay / 100),
+                "state": "missed" if delay == 50 and kind == "device" else "recovered",
+                "error_ms": estimate(0.1 if delay < 50 or kind == "host" else 0.9, 0.3),
+            }
+            for part, kind in zip(parts, ("device", "host", "host", "host"), strict=True)
+            for delay in (2.0, 10.0, 50.0)
+        ],
         statistics={
-            "recovery_error": estimate(0.0031, 0.2),
             "overhead": {"ratio": estimate(1.002, 0.004), "n_pairs": 40},
             "null": {"ratio": estimate(0.999, 0.004), "n_pairs": 40},
             "false_alarms": {
@@ -279,6 +290,25 @@ def calibrated():
             },
         },
     )
+
+
+def explained(busy=0.5):
+    """One shape whose every component is busy for this share of 20 ms."""
+    parts = ("T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode", "T_other")
+    components = {
+        part: {
+            "wall": estimate(20.0),
+            "busy": 20.0 * busy,
+            "idle": 20.0 * (1 - busy),
+            "idle_share": 1 - busy,
+            "bound": "launches" if busy < 2 / 3 else "memory",
+            "kernels": 350,
+            "flops_share_of_ceiling": None if part == "T_other" else 0.2,
+            "bytes_share_of_ceiling": None if part == "T_other" else 0.55,
+        }
+        for part in parts
+    }
+    return {"num_vision_tokens": 704, "num_output_tokens": 8, "components": components}
 
 
 def compared(ratio=1.1):
@@ -333,5 +363,5 @@ def made():
     return SimpleNamespace(
         PARAMETERS=PARAMETERS,
         EXPERTS=EXPERTS,
-        **{f.__name__: f for f in (*functions, calibrated, compared, predicted)},
+        **{f.__name__: f for f in (*functions, calibrated, compared, explained, predicted)},
     )

@@ -13,6 +13,7 @@ from vlm_latency.plots import (
     comparison,
     composition,
     distribution,
+    explanation,
     flops,
     language_sweep,
     prediction,
@@ -58,7 +59,10 @@ def every_figure(made, context, style):
     yield vision_sweep.vision_tokens_vs_latency(three.records, three.statistics, context, style)
     yield language_sweep.language_tokens_vs_latency(four.records, four.statistics, context, style)
     yield flops.flops_vs_latency(five.points, five.statistics, context, style)
-    yield calibration.calibration(proof.injections, proof.statistics, context, style)
+    yield calibration.calibration(proof.injections, proof.cases, proof.statistics, context, style)
+    finding = {"finding": "76 % of 166 ms is bound by launches", "work": "kernels"}
+    shapes = [made.explained(0.5), made.explained(1.1)]
+    yield explanation.explanation(shapes, finding, context, style)
     yield comparison.ratios({"new": made.compared()}, "old", 0.02, context, style)
     yield prediction.predicted_latency(
         forecast.grid, forecast.pruning, forecast.statistics, context, style
@@ -325,18 +329,38 @@ class TestFlops:
 class TestTrust:
     def test_calibration(self, made, context):
         proof = made.calibrated()
-        figure = calibration.calibration(proof.injections, proof.statistics, context, Style())
+        figure = calibration.calibration(
+            proof.injections, proof.cases, proof.statistics, context, Style()
+        )
         shown = words(figure).replace("\n", " ")
-        assert "known delays come back with an error of 0.31 % [0.25, 0.37]" in shown
+        assert "11 of 12 known delays surely come back" in shown
         assert "1.0020 [0.9980, 1.0060]" in shown
         assert "nominal 5 %" in shown
         assert "subtraction 2.20 × wall time" in shown
-        assert points(panel(figure, "Error of each")) == len(proof.injections)
+        assert points(panel(figure, "Delays injected")) == len(proof.injections)
+        rows = [label.get_text() for label in panel(figure, "Error of each").get_yticklabels()]
+        assert len(rows) == 12 and rows[0] == "vision encoder 2 ms, device"
 
     def test_calibration_of_nothing(self, made, context):
         nothing = made.calibrated().injections.iloc[:0]
-        shown = words(calibration.calibration(nothing, {}, context, Style()))
+        shown = words(calibration.calibration(nothing, [], {}, context, Style()))
         assert shown.count("not measured") == 6
+
+
+class TestExplanation:
+    def test_busy_idle_and_bound(self, made, context):
+        finding = {"finding": "76 % of 166 ms is bound by launches", "work": "kernels"}
+        shapes = [made.explained(0.5), made.explained(1.1)]
+        figure = explanation.explanation(shapes, finding, context, Style())
+        shown = words(figure)
+        assert "76 % of 166 ms is bound by launches" in shown
+        assert shown.count("launches, 350 kernels") == 5
+        bars = [bar.get_width() for bar in panel(figure, "Busy and idle").patches]
+        assert bars[:10] == pytest.approx([10.0] * 10)
+        first, second = panel(figure, "Idle share").lines[:2]
+        assert first.get_xdata() == pytest.approx([50] * 5)
+        assert second.get_xdata() == pytest.approx([-10] * 5)  # a profiled run that was slower
+        assert len(panel(figure, "Share of the measured").patches) == 8
 
 
 class TestComparison:

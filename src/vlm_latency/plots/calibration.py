@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from vlm_latency.plots.style import (
     column,
     headline,
     headroom,
-    jitter,
     nothing,
     panels,
     readable_log,
@@ -28,14 +27,18 @@ from vlm_latency.plots.style import (
 )
 
 METHODS = {"timeline": "#009E73", "hook": "#CC79A7", "subtraction": "#D55E00"}
-TOLERANCE = 1.0  # percent of an injected delay
+STATES = {"recovered": "o", "disturbed": "s", "undecided": "D", "missed": "X"}
 
 
 RESOLUTION_MS = 1e-6  # of the host clock, a nanosecond
 
 
 def calibration(
-    injections: pd.DataFrame, statistics: Mapping[str, Any], context: FigureContext, style: Style
+    injections: pd.DataFrame,
+    cases: Sequence[Mapping[str, Any]],
+    statistics: Mapping[str, Any],
+    context: FigureContext,
+    style: Style,
 ) -> Figure:
     """Draw injected against recovered delays, overhead, false alarms and the methods' failures.
 
@@ -44,9 +47,11 @@ def calibration(
     injections : DataFrame
         One row per injection: `component` (a column name such as `T_projector`), `injected_ms`,
         `recovered_ms` (what the component grew by).
+    cases : sequence of mapping
+        What came of each delay: `component`, `kind`, `delay_ms`, `state`, `tolerance_ms` and
+        `error_ms` (estimate of the median of recovered − injected).
     statistics : mapping
-        All optional. `recovery_error`: estimate of |recovered / injected − 1|; `overhead`,
-        `null`: what `statistics.compare_paired` gives as a dict (`ratio`, `n_pairs`), instrumented
+        All optional. `overhead`, `null`: what `statistics.compare_paired` gives as a dict (`ratio`, `n_pairs`), instrumented
         and bare against bare; `false_alarms`: what `statistics.a_a_false_alarms` gives (`share`,
         `nominal`, `n_comparisons`); `remainder`: estimate of T_other / T_total; `methods`: by
         method a dict with `below_zero` (shares of requests by component: estimates or numbers
@@ -56,28 +61,26 @@ def calibration(
     methods = statistics.get("methods") or {}
     overhead = (statistics.get("overhead") or {}).get("ratio")
     said = []
-    if statistics.get("recovery_error") is not None:
-        said.append(
-            f"known delays come back with an error of "
-            f"{interval(statistics['recovery_error'], '%', 100)}"
-        )
+    if cases:
+        back = sum(case["state"] in ("recovered", "disturbed") for case in cases)
+        said.append(f"{back} of {len(cases)} known delays surely come back")
     if overhead is not None:
         said.append(f"instrumented runs take {interval(overhead)} times a bare one")
     with style.applied():
         title = f"{context.model}: {'; '.join(said) or 'calibration'}"
         names = [["recovered", "error", "ratios"], ["shares", "below", "closure"]]
         figure, axes = panels(style, context, title, names)
-        headline(axes["recovered"], "Known delays come back")
+        headline(axes["recovered"], "Delays injected and recovered")
         _recovered(axes["recovered"], injections)
         headline(axes["error"], "Error of each recovery")
-        _errors(axes["error"], injections)
+        _errors(axes["error"], cases)
         headline(axes["ratios"], "Overhead, beside its null")
         _ratios(axes["ratios"], statistics)
         headline(axes["shares"], "False alarms and remainder")
         _shares(axes["shares"], statistics)
         headline(axes["below"], "Below zero before clamping")
         _below_zero(axes["below"], methods)
-        headline(axes["closure"], "Sum of the parts against T_total")
+        headline(axes["closure"], "Sum of parts − T_total")
         _closure(axes["closure"], methods)
     return figure
 
@@ -106,23 +109,37 @@ def _recovered(axes: Axes, injections: pd.DataFrame) -> None:
     return None
 
 
-def _errors(axes: Axes, injections: pd.DataFrame) -> None:
-    if not len(injections):
+def _errors(axes: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Every delay's error with its interval, in tolerances: within ± 1 it surely came back."""
+    if not cases:
         return nothing(axes)
-    names = list(dict.fromkeys(injections["component"]))
-    error = 100 * (column(injections, "recovered_ms") / column(injections, "injected_ms") - 1)
-    for i, name in enumerate(names):
-        own = error[(injections["component"] == name).to_numpy()]
-        axes.scatter(
-            own, i + jitter(own.size, 0.5), s=16, alpha=0.7, linewidths=0, color=COLOURS.get(name)
+    shown = set()
+    for i, case in enumerate(cases):
+        state, scale = case["state"], 1 / case["tolerance_ms"]
+        axes.errorbar(
+            scale * ends(case["error_ms"])[0],
+            i,
+            xerr=whiskers(case["error_ms"], scale),
+            fmt=STATES[state],
+            color=COLOURS.get(case["component"]),
+            markerfacecolor="white" if state == "undecided" else None,
+            capsize=2,
+            label=None if state in shown else state,
         )
-    axes.axvspan(-TOLERANCE, TOLERANCE, color="black", alpha=0.1, label=f"± {TOLERANCE:g} %")
+        shown.add(state)
+    axes.axvspan(-1, 1, color="black", alpha=0.1)
     axes.axvline(0, color="black", linewidth=0.8)
-    reach = 1.3 * max(TOLERANCE, float(np.nanmax(np.abs(error))))
-    axes.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
-    axes.set(xlabel="recovered − injected (%)", xlim=(-reach, reach), ylim=(len(names), -0.6))
+    axes.set_xscale("symlog", linthresh=1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    names = [
+        f"{LABELS.get(case['component'], case['component'])} {case['delay_ms']:g} ms"
+        + (", device" if case.get("kind") == "device" else "")
+        for case in cases
+    ]
+    axes.set_yticks(range(len(cases)), names, size=small())
+    axes.set(xlabel="error / tolerance", ylim=(len(cases) + 0.9, -0.6))
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", ncols=len(shown))
     return None
 
 

@@ -39,7 +39,11 @@ def _noise(null: Mapping[str, Any]) -> str:
     )
     if unseen > VISIBLE:
         needed = null["pairs_needed"]
-        more = "" if needed is None else f" (about {needed} for ± {null['half_width_wanted']:.1%})"
+        more = (
+            ""
+            if needed is None
+            else f" (about {_about(needed)} for ± {null['half_width_wanted']:.1%})"
+        )
         said += f"; use more pairs{more} or a quieter machine"
     return said
 
@@ -61,7 +65,7 @@ def _overhead(overhead: Mapping[str, Any]) -> str:
         + (
             ""
             if needed is None
-            else f": about {needed} would give ± {overhead['half_width_wanted']:.1%}"
+            else f": about {_about(needed)} would give ± {overhead['half_width_wanted']:.1%}"
         )
     )
 
@@ -83,7 +87,7 @@ def _truth(cases: Sequence[Mapping[str, Any]]) -> str:
     if which["undecided"]:
         needed = [case["pairs_needed"] for case in which["undecided"]]
         known = [pairs for pairs in needed if pairs is not None]
-        more = f", about {max(known)} pairs would tell" if known else ""
+        more = f", about {_about(max(known))} pairs would tell" if known else ""
         said += (
             f"; undecided (the noise is larger than the tolerance{more}): "
             f"{_names(which['undecided'])}"
@@ -132,6 +136,15 @@ def _warmup(warm: Mapping[str, Any]) -> str:
     if not warm["plateau"]:
         return f"no plateau within {warm['runs']} runs: the machine is not steady"
     return f"warm after {warm['runs']} runs"
+
+
+def _about(pairs: int) -> int:
+    """Round to two digits: it is an extrapolation.
+
+    >>> _about(49950), _about(87)
+    (50000, 87)
+    """
+    return round(pairs, 2 - len(str(pairs)))
 
 
 def _shown(estimate: Mapping[str, Any], spec: str) -> str:

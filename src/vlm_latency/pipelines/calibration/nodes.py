@@ -94,6 +94,7 @@ def calibrate(
         log.info("calibration: %s", sentence)
     figure = draw(
         pd.DataFrame(found["injections"]),
+        found["known_truth"]["cases"],
         found["statistics"],
         common.context(options, about, {}),
         Style.of(options.figures),
