@@ -37,7 +37,7 @@ from vlm_latency.models import load, thread_count
 from vlm_latency.options import MeasurementOptions, Options
 from vlm_latency.records import REQUEST_COLUMNS, measured_table, typed, with_hashes
 from vlm_latency.statistics import Estimate, TableComparison, compare_tables, percentile
-from vlm_latency.statistics.comparison import COMPONENTS
+from vlm_latency.statistics.comparison import COMPARED
 from vlm_latency.vqa.images import image_bytes, image_size, read_file
 
 if TYPE_CHECKING:
@@ -381,7 +381,7 @@ def _differences(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Estimat
     """Median of the paired differences, for what both measured."""
     pairs = before.merge(after, on=list(PAIR), suffixes=("_before", "_after"))
     found = {}
-    for name in COMPONENTS:
+    for name in COMPARED:
         difference = (pairs[f"{name}_after"] - pairs[f"{name}_before"]).dropna()
         if len(difference):
             found[name] = percentile(difference, 50)

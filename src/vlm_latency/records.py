@@ -21,6 +21,18 @@ Row = dict[str, Any]  # one run, or one request: plain values by column
 COMPONENTS = ("T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode", "T_other")
 COST_PARTS = ("vision", "projector", "llm_prefill", "llm_decode", "total")
 
+# Runs that are alike in these do the same work.
+SHAPE = ("num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens")
+
+BYTES_PER_VALUE = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+}  # by the dtypes models are measured in
+
+# What the seed's files call vision tokens are the encoder's patches, so many of each crop.
+PATCHES_PER_CROP = 576
+
 
 @dataclass(frozen=True)
 class Column:

@@ -12,9 +12,9 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.experiments import EXPERIMENTS, measured, studies
+from vlm_latency.records import PATCHES_PER_CROP
 
 FILES = {row.name: row.stem for row in EXPERIMENTS.values()}
-PATCHES_PER_CROP = 576  # what the seed's files call vision tokens are the encoder's patches
 
 
 @dataclass(frozen=True)

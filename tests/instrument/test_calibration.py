@@ -17,7 +17,7 @@ from vlm_latency.instrument.calibration.proofs import below_zero, closure, false
 from vlm_latency.instrument.ceilings import ceilings
 from vlm_latency.instrument.clock import resolution_ns
 from vlm_latency.instrument.injection import (
-    COMPONENTS,
+    DELAYED,
     DeviceSleep,
     HostSpin,
     delayed,
@@ -63,7 +63,7 @@ def image(_: Any) -> bytes:
 
 
 @pytest.mark.parametrize("where", ["start", "end"])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", DELAYED)
 def test_an_injected_delay_is_in_its_component(family: Any, component: str, where: Any) -> None:
     """The component lasts at least as long as the delay in it, and was shorter before."""
     vlm, prepared = family
@@ -112,7 +112,7 @@ def test_an_encoder_with_the_projector_inside_is_not_replayed(qwen: Any) -> None
 
 def judged(own: list[float], delay: float = 10.0, hides: bool = False, **elsewhere: Any) -> Any:
     """What comes of 12 pairs with these errors of the projector, and these everywhere else."""
-    others = {name: elsewhere.get(name, 0.0) for name in (*COMPONENTS, "T_other")}
+    others = {name: elsewhere.get(name, 0.0) for name in (*DELAYED, "T_other")}
     del others["T_projector"]
     rows = [
         {
@@ -172,7 +172,7 @@ def test_the_regime_says_what_adds_up() -> None:
     host = request_marks(0, 0, 0.1, 2, 3, 3, 14, 14.5, 15, 20, 20.5, 26)
     device = request_marks(0, 0, 0.1, 10, 10.5, 10.5, 14.05, 14.5, 19.5, 20, 25, 26)
     lead = leads(host, device)
-    found = {name: regime(host, lead, name) for name in COMPONENTS}
+    found = {name: regime(host, lead, name) for name in DELAYED}
     assert found["T_vision_encoder"]["cases"] == [["device", "end"], ["host", "start"]]
     assert found["T_vision_encoder"]["end_ms"] == 8
     assert found["T_vision_encoder"]["hides_launches"]  # the prefill is launched meanwhile
@@ -181,7 +181,7 @@ def test_the_regime_says_what_adds_up() -> None:
     assert found["T_LLM_decode"]["cases"] == [["device", "end"], ["host", "start"]]
     assert not found["T_LLM_decode"]["hides_launches"]
     alone = leads(host, None)  # a CPU: nothing runs ahead
-    assert all(regime(host, alone, name)["cases"] == [["host", "end"]] for name in COMPONENTS)
+    assert all(regime(host, alone, name)["cases"] == [["host", "end"]] for name in DELAYED)
 
 
 def bench_of(meter: Any, prepared: Any = None, seconds: float = 60.0) -> Bench:
@@ -390,8 +390,8 @@ def test_a_calibration_proves_everything(loaded: Any) -> None:
     methods = found["runs"].pop("methods")
     assert methods in (4, 8)  # as many as the time allows
     assert found["runs"] == {"overhead": 9, "known_truth": 32, "a_a": 24}
-    assert len(found["injections"]) == len(COMPONENTS) * 2 * 2
-    assert {row["component"] for row in found["injections"]} == set(COMPONENTS)
+    assert len(found["injections"]) == len(DELAYED) * 2 * 2
+    assert {row["component"] for row in found["injections"]} == set(DELAYED)
     statistics = found["statistics"]
     assert set(statistics["methods"]) == set(METERS)
     assert not any(statistics["methods"]["timeline"]["below_zero"].values())
@@ -437,7 +437,7 @@ def test_a_sleep_kernel_is_recovered_on_a_gpu(loaded: Any) -> None:
     delay = DeviceSleep(vlm.device)
     meter = make_meter(vlm)
     meter(placed, 3)
-    for component in COMPONENTS:
+    for component in DELAYED:
         with delayed(vlm, component, 20.0, delay):
             times = meter(placed, 3).times
         assert times[component] >= delay.length_ms()

@@ -12,8 +12,7 @@ import torch
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.attribution import attribute, bound
 from vlm_latency.instrument.explain import explain, profiled
-from vlm_latency.instrument.injection import COMPONENTS as DELAYED
-from vlm_latency.instrument.injection import DeviceSleep, HostSpin, delayed
+from vlm_latency.instrument.injection import DELAYED, DeviceSleep, HostSpin, delayed
 from vlm_latency.instrument.methods import make_meter
 from vlm_latency.models import load
 from vlm_latency.options import ExplainOptions, ModelOptions

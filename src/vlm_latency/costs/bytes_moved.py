@@ -15,8 +15,7 @@ import numpy as np
 from vlm_latency.costs.shapes import RequestShape
 from vlm_latency.costs.units import Census, Tally, cache_sum, units
 from vlm_latency.errors import UserError
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from vlm_latency.records import BYTES_PER_VALUE
 
 
 def element_bytes(dtype: str) -> int:
@@ -27,9 +26,9 @@ def element_bytes(dtype: str) -> int:
     UserError
         For a dtype that models are not measured in.
     """
-    if dtype not in BYTES:
-        raise UserError(f"found dtype {dtype!r}; expected one of {', '.join(BYTES)}")
-    return BYTES[dtype]
+    if dtype not in BYTES_PER_VALUE:
+        raise UserError(f"found dtype {dtype!r}; expected one of {', '.join(BYTES_PER_VALUE)}")
+    return BYTES_PER_VALUE[dtype]
 
 
 def expected_experts(num_experts: int, top_k: int, tokens: Any) -> Any:

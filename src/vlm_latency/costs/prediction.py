@@ -23,13 +23,13 @@ from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.roofline import roofline_ms
 from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
 from vlm_latency.errors import UserError
+from vlm_latency.records import SHAPE
 from vlm_latency.statistics import AsGiven, Estimate, cross_validate, nnls_relative_fit
 
 # Where a pruned vision token leaves the model: it costs nothing from there on.
 PLACES = ("before the encoder", "after the projector", "at decoder layer")
 
 # What tells one shape from another; runs of one shape are held out together.
-SHAPE = ("num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens")
 # Prompts that differ by a smaller share are near-twins: one of them tells the other's latency.
 TWINS = 0.05
 

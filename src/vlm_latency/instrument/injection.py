@@ -20,7 +20,7 @@ from vlm_latency.models.boundaries import (
     boundaries,
 )
 
-COMPONENTS = (ENCODER, PROJECTOR, PREFILL, DECODE)
+DELAYED = (ENCODER, PROJECTOR, PREFILL, DECODE)
 STEP = 2  # the decode step that is delayed: of three tokens the last, so that little follows
 NO_LEAD_MS = 0.1  # half of the smallest tolerance: a host spin may hide behind that much at most
 

@@ -24,14 +24,13 @@ from vlm_latency.models.requests import (
 )
 from vlm_latency.models.zoo import Family, is_path, load_zoo, weights_kind
 from vlm_latency.molmo.tiling import Tiles
+from vlm_latency.records import BYTES_PER_VALUE
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from vlm_latency.options import ModelOptions
-
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Architecture:

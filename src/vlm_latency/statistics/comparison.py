@@ -12,6 +12,7 @@ import scipy
 from numpy.typing import ArrayLike
 
 from vlm_latency.errors import DataError, UserError
+from vlm_latency.records import PATCHES_PER_CROP
 from vlm_latency.statistics.means import linearised, ratio_estimate
 from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs
 
@@ -22,7 +23,7 @@ Verdict = Literal["FASTER", "SLOWER", "SAME", "UNDECIDED"]
 
 # Intervals of fewer pairs raise more false alarms than they promise.
 ENOUGH_PAIRS = 20
-COMPONENTS = (
+COMPARED = (
     "T_total",
     "T_vision_encoder",
     "T_projector",
@@ -36,8 +37,7 @@ COMPONENTS = (
 )
 # A request is the same work when its id and its content (a hash) are the same.
 REQUEST = ("request_id", "request_sha256")
-SHAPE = ("num_crops", "num_vision_tokens", "num_output_tokens")
-PATCHES_PER_CROP = 576
+MATCHED_BY = ("num_crops", "num_vision_tokens", "num_output_tokens")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class TableComparison(Result):
 def compare_tables(
     baseline: pd.DataFrame,
     candidate: pd.DataFrame,
-    columns: Sequence[str] = COMPONENTS,
+    columns: Sequence[str] = COMPARED,
     *,
     margin: float = 0.02,
     level: float = 0.95,
@@ -207,7 +207,7 @@ def compare_tables(
         )
     lost = [tuple(map(_label, own.index[~own.index.isin(shared)])) for own in (before, after)]
     before, after = before.loc[shared], after.loc[shared]
-    for name in SHAPE:
+    for name in MATCHED_BY:
         if name in before and name in after and name not in keys:
             differing = int((before[name] != after[name]).sum())
             if differing:
@@ -425,13 +425,13 @@ def _keys(baseline: pd.DataFrame, candidate: pd.DataFrame, notes: list[str]) -> 
         if len(baseline[keys].merge(candidate[keys], on=keys)):
             return keys
         notes.append("no request in common: matched by shape")
-    keys = [name for name in SHAPE if name in baseline and name in candidate]
+    keys = [name for name in MATCHED_BY if name in baseline and name in candidate]
     if "num_vision_tokens" in keys and _holds_patches(baseline) != _holds_patches(candidate):
         keys.remove("num_vision_tokens")
         notes.append("num_vision_tokens of one table counts patches (crops × 576): not matched")
     if not keys:
         raise DataError(
-            f"neither request_id nor a column of {', '.join(SHAPE)} in both tables; give match_by"
+            f"neither request_id nor a column of {', '.join(MATCHED_BY)} in both tables; give match_by"
         )
     return keys
 

@@ -12,7 +12,7 @@ import torch
 
 from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_needed
 from vlm_latency.instrument.injection import (
-    COMPONENTS,
+    DELAYED,
     Delay,
     Where,
     delayed,
@@ -50,7 +50,7 @@ class Case:
     @property
     def after(self) -> tuple[str, ...]:
         """What runs after the delay."""
-        return (*COMPONENTS[COMPONENTS.index(self.component) + 1 :], OTHER)
+        return (*DELAYED[DELAYED.index(self.component) + 1 :], OTHER)
 
 
 def known_truth(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _regimes(bench: Bench) -> dict[str, dict[str, Any]]:
         marks = timeline.host_marks()
         seen.append(leads(marks, timeline.device_marks()))
     lead_ms = np.median(seen, axis=0).tolist()
-    return {component: regime(marks, lead_ms, component) for component in COMPONENTS}
+    return {component: regime(marks, lead_ms, component) for component in DELAYED}
 
 
 def _pairs(
@@ -148,7 +148,7 @@ def _injected(bench: Bench, case: Case, delay: Delay) -> dict[str, Any]:
             length = delay.length_ms()
         else:
             readings[False] = bench.run(INJECTION_TOKENS).times
-    grown = {name: readings[True][name] - readings[False][name] for name in (*COMPONENTS, OTHER)}
+    grown = {name: readings[True][name] - readings[False][name] for name in (*DELAYED, OTHER)}
     return {
         "component": case.component,
         "kind": case.kind,

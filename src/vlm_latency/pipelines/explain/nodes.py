@@ -161,7 +161,7 @@ def report(
         results.append(
             {
                 "request_id": request_id,
-                **{name: int(cost[name]) for name in SHAPE},
+                **{name: int(cost[name]) for name in SHOWN},
                 "num_runs": len(own),
                 "profiled_ms": seen.profiled_ms,
                 "slowdown": seen.slowdown,
@@ -190,7 +190,7 @@ def report(
     return result, tables(results), figure
 
 
-SHAPE = (
+SHOWN = (
     *("image_width", "image_height", "num_crops", "num_vision_patches", "num_vision_tokens"),
     *("num_total_tokens", "num_output_tokens"),
 )

@@ -226,7 +226,8 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | No
 
 def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
     """Average the entries of one shape: two of them are no pair of requests that differ."""
-    from vlm_latency.costs.prediction import SHAPE, shapes
+    from vlm_latency.costs.prediction import shapes
+    from vlm_latency.records import SHAPE
 
     counts = [name for name in SHAPE if name in points and points[name].notna().all()]
     wanted = dict.fromkeys((*counts, "flops_total", "T_total"), "mean") | {"sweep": "first"}
@@ -262,7 +263,8 @@ def _held_out(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Predict every shape from the others by FLOPs, tokens and the roofline."""
     from vlm_latency.costs import Hardware, known_device
-    from vlm_latency.costs.prediction import SHAPE, predictors, shapes
+    from vlm_latency.costs.prediction import predictors, shapes
+    from vlm_latency.records import SHAPE
     from vlm_latency.statistics import cross_validate
 
     needed = [*SHAPE, "T_total"]
