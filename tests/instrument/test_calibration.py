@@ -457,7 +457,7 @@ def test_what_adds_up_on_a_gpu_comes_back_there(loaded: Any) -> None:
     host = meter.timeline.host_marks()
     lead = leads(host, meter.timeline.device_marks())
     known = delays(vlm.device)
-    for component in COMPONENTS:
+    for component in DELAYED:
         for kind, where in regime(host, lead, component)["cases"]:
             with delayed(vlm, component, 100.0, known[kind], where):
                 times = meter(placed, 3).times
