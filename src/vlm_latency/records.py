@@ -319,6 +319,12 @@ def typed(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     return table.astype({name: kind for name, kind in columns.items() if kind != "object"})
 
 
+def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Give a table's rows with plain values, absent ones as None, as JSON lines need them."""
+    rows: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return rows
+
+
 def measured_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Make the table of runs from the journal's rows, in the order they were measured."""
     table = typed(pd.DataFrame(rows), MEASURED_COLUMNS)

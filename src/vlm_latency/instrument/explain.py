@@ -20,6 +20,7 @@ from vlm_latency.instrument.attribution import MARK, Share, attribute, ranges
 from vlm_latency.instrument.methods import Meter, Reading
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.options import ExplainOptions, MeasurementOptions
+from vlm_latency.records import plain_rows
 
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel
@@ -93,8 +94,7 @@ def explain(
             f"found model.name={vlm.options.name}; expected a model that takes time: there is "
             "nothing to explain"
         )
-    table = requests.assign(output_length=str(options.output_tokens))
-    asked: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
+    asked = plain_rows(requests.assign(output_length=str(options.output_tokens)))
     fixed = {"method": "timeline", "warmup": "plateau"}
     settled = (measurement or MeasurementOptions()).model_copy(update=fixed)
     session = Session(vlm, settled, fetch, template, SessionLog())

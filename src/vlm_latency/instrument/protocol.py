@@ -20,6 +20,7 @@ from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.plan import plan
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, now, undisturbed
 from vlm_latency.options import MeasurementOptions
+from vlm_latency.records import plain_rows
 
 if TYPE_CHECKING:
     from vlm_latency.records import Row
@@ -80,7 +81,7 @@ def measure(
     log = log if log is not None else SessionLog()
     planned = plan(requests, options) if planned is None else planned
     done = set(done)
-    left = [run for run in _rows(planned) if (run["request_id"], run["run_index"]) not in done]
+    left = [run for run in plain_rows(planned) if (run["request_id"], run["run_index"]) not in done]
     if not left:
         return
     session = Session(vlm, options, fetch, template, log)
@@ -142,7 +143,7 @@ def interleave(
         for name, vlm in vlms.items()
     ]
     planned = plan(requests, options)
-    yield from _runs(taking, requests, len(planned), _rows(planned), options, 0, progress)
+    yield from _runs(taking, requests, len(planned), plain_rows(planned), options, 0, progress)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _runs(
     progress: bool,
 ) -> Generator[Row]:
     """Make the runs that are left, of so many that were planned, with each model in turn."""
-    rows = {row["request_id"]: row for row in _rows(requests)}
+    rows = {row["request_id"]: row for row in plain_rows(requests)}
     asked = list({run["request_id"]: rows[run["request_id"]] for run in left}.values())
     allowed = max(1.0, options.max_failures * planned)
     generator = np.random.default_rng(options.seed)
@@ -241,9 +242,3 @@ class _WarmingUp(_Progress):
         other = text.partition(":")[0] != str(self.desc).partition(":")[0]
         self.set_description_str(text, refresh=other)
         self.update()
-
-
-def _rows(table: pd.DataFrame) -> list[Row]:
-    """Rows of plain values, absent ones as None: they go into JSON lines."""
-    rows: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows

@@ -22,6 +22,7 @@ from vlm_latency.instrument.clock import resolution_ns
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.models import thread_count
 from vlm_latency.options import CalibrationOptions, MeasurementOptions
+from vlm_latency.records import plain_rows
 from vlm_latency.vqa.images import noise_recipe
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def calibrate(
             "nothing to calibrate"
         )
     own = _noise_request(vlm.architecture, options)
-    others = _rows(requests[: options.method_requests])
+    others = plain_rows(requests[: options.method_requests])
     fixed = {"method": "timeline", "warmup": "plateau"}
     settled = (measurement or MeasurementOptions()).model_copy(update=fixed)
     session = Session(vlm, settled, fetch, template, SessionLog())
@@ -147,8 +148,3 @@ def _noise_request(architecture: ModelArchitecture, options: CalibrationOptions)
         "image_height": height,
         "output_length": str(options.output_tokens),
     }
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    rows: list[Any] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
