@@ -442,7 +442,7 @@ def test_a_command_that_goes_on_keeps_the_cache_length(monkeypatch: Any) -> None
     """Attention runs over the whole static cache: another length is another measurement."""
     lengths = []
 
-    def make_meter(vlm: Any, method: str, engine: str, length: int) -> Any:
+    def make_meter(vlm: Any, method: str, engine: str, length: int, nvtx: bool) -> Any:
         lengths.append(length)
         return paper
 
