@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from vlm_latency.errors import DataError
-from vlm_latency.results import FILES, entry_table, read_json, read_result, read_run
+from vlm_latency.results import FILES, entry_table, read_earlier, read_json, read_result, read_run
 
 
 def write(path: Path, data: Any) -> Path:
@@ -126,3 +126,32 @@ def test_a_folder_is_read_by_its_records_where_it_has_them(tmp_path: Path) -> No
 def test_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no results in .*; expected files like exp1/"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"experiment": "exp4", "results": [{"T_total": 1}]}, "is a result of exp4; expected one of exp3"),
+        ({"experiment": "exp1", "results": [{"T_total": 1}]}, "is a result of exp1; expected one of exp3"),
+        ({"results": [{"query_id": 1, "max_new_tokens": 8}]}, "is a result of exp4; expected one of exp3"),
+        ({"results": [{"example_id": 1}]}, "is a result of exp1 or exp2"),
+    ],
+)  # fmt: skip
+def test_a_result_of_another_experiment_is_refused(
+    tmp_path: Path, content: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=said):
+        read_earlier(path, "exp3")
+
+
+def test_a_folder_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder; expected the file of a result of exp3"):
+        read_earlier(tmp_path, "exp3")
+
+
+def test_the_seeds_own_result_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"results": [{"grid": "1×2", "T_total": 1.0}]}))
+    assert read_earlier(path, "exp3")["results"][0]["grid"] == "1×2"

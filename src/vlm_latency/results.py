@@ -77,6 +77,33 @@ def read_result(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_earlier(path: Path, experiment: str) -> dict[str, Any]:
+    """Read a result that must be of one experiment, ours or the seed's.
+
+    Raises
+    ------
+    DataError
+        Naming what was found and what was expected: a folder, another experiment's result, or
+        what `read_result` refuses.
+    """
+    stem = EXPERIMENTS[experiment].stem
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder; expected the file of a result of {experiment}, such as "
+            f"{path / experiment / stem}.json"
+        )
+    data = read_result(path)
+    keys, found = set(data["results"][0]), data.get("experiment")
+    if found is None:  # the seed's files do not name their experiment
+        told = {"exp3": "grid", "exp4": "max_new_tokens", "exp1 or exp2": "example_id"}
+        found = next((name for name, key in told.items() if key in keys), experiment)
+    if found != experiment:
+        raise DataError(
+            f"{path} is a result of {found}; expected one of {experiment}, a file like {stem}.json"
+        )
+    return data
+
+
 def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
     """Put a result's entries into a table with the records' column names.
 

@@ -117,10 +117,10 @@ def vision_sweep(seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     return records(rows, asked), asked
 
 
-def language_sweep(seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """exp4: three images at five lengths."""
+def language_sweep(seed: int = 0, images: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """exp4: some images at five lengths."""
     generator = np.random.default_rng(seed)
-    cases = [(image, length) for image in range(3) for length in (8, 16, 32, 64, 128)]
+    cases = [(image, length) for image in range(images) for length in (8, 16, 32, 64, 128)]
     asked = requests(
         "exp4", [{"request_id": f"exp4-{image}-n{n}", "image_id": image} for image, n in cases]
     )

@@ -7,14 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
+from vlm_latency.errors import DataError
 from vlm_latency.options import Options
-from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5
+from vlm_latency.page.collect import Study
+from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5, nodes
+from vlm_latency.plots.tables import to_latex
 from vlm_latency.statistics import linear_fit
 
 
@@ -55,7 +59,7 @@ def test_exp1_gives_the_order_statistics_and_the_spread_by_crops() -> None:
     assert entry["T_system_total"] == entry["T_total"] + entry["T_data_processing"]
     assert {"example_id", "image_id", "answers", "image_size"} <= set(entry)
     assert statistics["accuracy"]["refused"]
-    assert set(tables) == {"percentiles", "by_tiling", "by_output_length"}
+    assert set(tables) == {"paper", "percentiles", "by_tiling", "by_output_length"}
     assert figure.axes
 
 
@@ -293,3 +297,93 @@ def test_exp4_names_the_lengths_that_were_asked_for_and_left_out() -> None:
     for options, table in ((asked, None), (m.options("exp4"), given)):
         result, *_ = exp4.report(options, records, requests, m.COVERAGE, m.ENVIRONMENT, {}, table)
         assert result["statistics"]["dropped_lengths"] == [4096]
+
+
+def test_results_of_two_models_are_refused() -> None:
+    one, two = (
+        {
+            "results": [{"T_total": 1.0, "flops_total": 1.0}],
+            "environment": {"model": {"name": name}},
+        }
+        for name in ("a", "b")
+    )
+    with pytest.raises(DataError, match="exp3 of a and exp4 of b; expected both of one"):
+        exp5.report(m.options("exp5"), one, two)
+
+
+def test_steps_of_one_cost_with_three_per_cent_of_noise_are_linear() -> None:
+    verdicts = []
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        records, _ = m.language_sweep(seed, images=5)
+        records["decode_step_ms"] = [
+            m.STEP * (1 + 0.03 * generator.standard_normal(len(steps)))
+            for steps in records["decode_step_ms"]
+        ]
+        records["T_LLM_decode"] = [sum(steps) for steps in records["decode_step_ms"]]
+        verdicts.append(exp4.linear(records, [])[0].verdict)
+    assert verdicts.count("supported") >= 36
+
+
+def test_where_disturbed_runs_move_a_headline_both_numbers_are_given() -> None:
+    records, requests = m.questions(100, spread=0.01)
+    late = records.index[:10]
+    times = [name for name in records if str(name).startswith("T_")]
+    records.loc[late, times] *= 5
+    records.loc[late, "outlier_cause"] = "first visit of a length"
+    result, _, figure = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    found = result["statistics"]["disturbed"]
+    assert found.moved
+    assert found.with_all.value > 300 > found.undisturbed.value
+    assert found.causes == {"first visit of a length": 10}
+    assert result["statistics"]["T_total"].n == 100  # nothing is removed
+    said = result["finding"]
+    assert "without the 10 of 100 runs that were disturbed (first visit of a length)" in said
+    title = " ".join(text.get_text() for text in figure.texts).replace("\N{NO-BREAK SPACE}", " ")
+    assert "10 of 100 runs" in title.replace("\n", " ")
+
+
+def test_a_percentile_without_an_upper_bound_is_no_headline() -> None:
+    records, requests = m.questions(60, spread=0.0)
+    result, *_ = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    assert "cannot be said from n = 60" in result["finding"]
+    assert "?" not in result["finding"]
+
+
+def test_claims_on_random_weights_say_so() -> None:
+    result, *_ = exp3.report(m.options("exp3"), *m.vision_sweep(), m.COVERAGE, m.ENVIRONMENT, {})
+    assert all(
+        "judged on made-up, a model with random weights" in claim.note for claim in result["claims"]
+    )
+
+
+def test_a_floor_is_a_headline_of_its_own() -> None:
+    records, requests = m.vision_sweep()
+    tokens = records["num_vision_tokens"].astype(float)
+    noise = 1 + 0.002 * np.random.default_rng(0).standard_normal(len(records))
+    records["T_total"] = (100 + 0.2 * (tokens - 650).clip(lower=0)) * noise
+    result, *_ = exp3.report(m.options("exp3"), records, requests, m.COVERAGE, m.ENVIRONMENT, {})
+    assert result["statistics"]["floors"]["T_total"].holds == "floor and line"
+    assert "vision tokens one costs nothing" in result["finding"]
+    assert "costs nothing" in result["claims"][0].note
+
+
+def test_what_was_not_computed_has_a_word() -> None:
+    records, requests = m.questions(20)
+    result, *_ = exp1.report(
+        m.options("exp1"), records.assign(mfu_vision=26.0), requests, m.COVERAGE, m.ENVIRONMENT
+    )
+    assert "vision: MFU 26 is more than the machine can do" in result["statistics"]["notes"][0]
+
+
+def test_failed_runs_are_told_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    coverage = {"planned": 6, "failed": 2, "failures": {"out of memory": 2}}
+    nodes.publish({"exp1": Study("exp1", {"coverage": coverage})})
+    assert "exp1: 2 of 6 runs failed and are in no statistic: 2 × out of memory" in caplog.text
+
+
+def test_the_table_for_a_paper_has_five_columns() -> None:
+    _, tables, _ = exp3.report(m.options("exp3"), *m.vision_sweep(), m.COVERAGE, m.ENVIRONMENT, {})
+    latex = to_latex(tables["paper"])
+    assert "quantity & unit & value & 95" in latex
+    assert latex.splitlines()[0].startswith(r"\begin{tabular}{lll")

@@ -20,7 +20,7 @@ from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
 from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
 from vlm_latency.records import REQUEST_COLUMNS, typed
-from vlm_latency.results import Run, read_json, read_result, read_run, result_path
+from vlm_latency.results import Run, read_earlier, read_json, read_run, result_path
 
 if TYPE_CHECKING:
     from vlm_latency.vqa import QuestionSource
@@ -113,13 +113,13 @@ class EarlierResult(FromPath):
         self._made_by = made_by
 
     def load(self) -> dict[str, Any]:
-        if not self._path.is_file():
+        if not self._path.exists():
             raise DataError(
                 f"no result {self._path}; run 'kedro run --pipeline {self._made_by}' first, with the "
                 "same output_dir, or say where it lies with exp5.vision_results and "
                 "exp5.language_results"
             )
-        return read_result(self._path)
+        return read_earlier(self._path, self._made_by)
 
 
 class GivenRequests(ReadOnly):

@@ -346,7 +346,10 @@ def headroom(axes: Axes, lines: int) -> None:
     """Leave the top of a panel free for a legend of so many lines."""
     figure, cell = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None and cell is not None
-    height = figure.get_figheight() / cell.get_gridspec().nrows - 0.6  # less heading and x axis
+    engine = figure.get_layout_engine()
+    body = engine.get()["rect"][3] if isinstance(engine, ConstrainedLayoutEngine) else 1.0
+    rows = cell.get_gridspec().nrows
+    height = body * figure.get_figheight() / rows - 0.8  # less heading and x axis
     share = min(0.65, (1.6 * small() * lines / 72 + 0.25) / height)
     to_axis = axes.yaxis.get_transform()
     low, high = to_axis.transform(np.array(axes.get_ylim()))

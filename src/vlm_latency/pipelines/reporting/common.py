@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import DataError
+from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import (
     COMPONENTS,
@@ -97,6 +98,26 @@ def disturbance(
     moved = everything.above(rest.value) or everything.below(rest.value)
     counts = {str(cause): int(count) for cause, count in causes.value_counts().items()}
     return Disturbance(number, everything, rest, len(causes), len(rows), counts, moved)
+
+
+# A part that is this much faster than the machine can compute was not computed.
+MFU_LIMIT = 1.2
+
+
+def not_computed(rows: pd.DataFrame) -> list[str]:
+    """Name the parts that took less time than their FLOPs can take on this machine.
+
+    Such as an encoder whose features a model keeps from the run before.
+    """
+    said = []
+    for part in COST_PARTS:
+        reached = rows[f"mfu_{part}"].median() if f"mfu_{part}" in rows else None
+        if pd.notna(reached) and reached > MFU_LIMIT:
+            said.append(
+                f"{part}: MFU {reached:.3g} is more than the machine can do: at least some of it "
+                "was not computed in the timed runs (are features cached?)"
+            )
+    return said
 
 
 def succeeded(records: pd.DataFrame) -> pd.DataFrame:
@@ -314,6 +335,22 @@ def shares(rows: pd.DataFrame, names: Sequence[str] = COMPONENTS) -> dict[str, E
 def clusters(rows: pd.DataFrame) -> pd.Series:
     """Say which runs are alike: those of one image; one without an image stands for itself."""
     return rows["image_id"].astype("string").fillna(rows["request_id"])
+
+
+def paper_table(experiment: str, found: Mapping[str, Any]) -> pd.DataFrame:
+    """Put what a paper prints into five columns: the experiment's facts that are estimates."""
+    from vlm_latency.plots.notation import interval
+    from vlm_latency.statistics import Estimate
+
+    rows = []
+    for fact in EXPERIMENTS[experiment].facts:
+        value: Any = found
+        for key in fact.path:
+            value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+        if isinstance(value, Estimate) and value.value is not None:
+            shown, _, ends = interval(value, "", fact.scale).partition(" ")
+            rows.append((fact.label, fact.unit, shown, ends, value.n))
+    return pd.DataFrame(rows, columns=["quantity", "unit", "value", "95 % interval", "n"])
 
 
 def estimates_table(found: Mapping[str, Estimate], unit: str) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def report(
     rows = common.succeeded(records)
     # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
     sample = rows[rows["run_index"] < options.measurement.num_runs].reset_index(drop=True)
-    notes: list[str] = []
+    notes = common.not_computed(rows)
     summaries = {
         name: st.summary(known[name], common.clusters(known))
         for name in ("T_total", "T_first_token", "T_preprocess")
@@ -53,7 +53,8 @@ def report(
     }
     factors = dict(FACTORS)
     new = rows["first_of_length"].fillna(False).astype(bool)
-    if new.any() and not new.all():  # only where new lengths are not visited before
+    costs = (coverage.get("lengths") or {}).get("costs")
+    if new.any() and not new.all() and costs is not False:
         factors["first visit of a length"] = "first_of_length"
     budget = common.unless_impossible(
         notes,
@@ -89,6 +90,7 @@ def report(
         **common.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
+        "paper": common.paper_table("exp1", found),
         "percentiles": percentiles_table(summaries),
         "by_tiling": _by(sample, "num_crops"),
         "by_output_length": _by(sample, "num_output_tokens"),

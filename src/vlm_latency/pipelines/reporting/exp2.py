@@ -58,6 +58,7 @@ def report(
             rows, "the mean of T_total", lambda runs: common.means(runs, ["T_total"]).get("T_total")
         ),
         "outliers": outliers(rows),
+        "notes": common.not_computed(rows),
     }
     claim = st.llm_bottleneck_claim(_share(parameters), llm)
     finding = _finding(found, claim)
@@ -72,6 +73,7 @@ def report(
         **common.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
+        "paper": common.paper_table("exp2", found),
         "latency": common.estimates_table(means, "ms"),
         "shares": common.estimates_table(shares, "share of T_total"),
         "parameters": pd.DataFrame({"component": parameters.keys(), "count": parameters.values()}),

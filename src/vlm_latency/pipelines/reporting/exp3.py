@@ -43,7 +43,7 @@ def report(
     made = bool(requests["synthetic"].fillna(False).all())
     environment = {**environment, "dataset": {**environment["dataset"], "synthetic": made}}
     rows = common.succeeded(records)
-    notes: list[str] = []
+    notes = common.not_computed(rows)
     axis = f"num_vision_{options.figures.vision_axis}"
     tokens, request = rows[axis].astype(float), rows["request_id"]
     lines = common.fits(rows, axis, FITTED, request, notes)
@@ -107,7 +107,12 @@ def report(
         "ceilings": ceilings,
         **common.frame(options, environment, coverage, found, claims, finding),
     }
-    return result, {"grids": _grids(table), "slopes": common.slopes_table(lines)}, figure
+    tables = {
+        "paper": common.paper_table("exp3", found),
+        "grids": _grids(table),
+        "slopes": common.slopes_table(lines),
+    }
+    return result, tables, figure
 
 
 def _floors(rows: pd.DataFrame, tokens: pd.Series, notes: list[str]) -> dict[str, FloorAndLine]:

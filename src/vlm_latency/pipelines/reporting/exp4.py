@@ -44,30 +44,18 @@ def report(
     from vlm_latency.plots.style import Style
 
     rows = common.succeeded(records)
-    notes: list[str] = []
+    notes = common.not_computed(rows)
     image, tokens = common.clusters(rows), rows["num_output_tokens"].astype(float)
     lines = common.fits(rows, "num_output_tokens", FITTED, image, notes)
-    decoded = rows[(rows["num_output_tokens"] > 1) & (rows["T_LLM_decode"] > 0)]
-    exponent = common.unless_impossible(
-        notes,
-        "exponent",
-        st.power_law_fit,
-        decoded["num_output_tokens"].astype(float) - 1,
-        decoded["T_LLM_decode"],
-        common.clusters(decoded),
-    )
+    claim, growth, exponent = linear(rows, notes)
     steps = _steps(rows)
     # The first step after a prefill is another one: it meets the device in another state.
     first, later = steps[steps["position"] == 1], steps[steps["position"] > 1]
-    growth = None
-    if later["position"].nunique() > 2:
-        line = st.linear_fit(later["position"], later["ms"], later["image"])
-        growth = line.growth(2, float(later["position"].max()))
     prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
     found: dict[str, Any] = {
         "fits": common.banded(lines, tokens),
         "lines": lines,
-        "exponent": exponent.exponent if exponent else None,
+        "exponent": exponent,
         "lengths": _lengths(rows),
         "prefill": prefill,
         "steps": _smooth(later),
@@ -80,7 +68,6 @@ def report(
         "outliers": outliers(rows),
         "notes": notes,
     }
-    claim = st.language_linear_claim(growth, exponent.exponent if exponent else None)
     finding = _finding(found, claim)
     figure = language_tokens_vs_latency(
         rows,
@@ -102,7 +89,40 @@ def report(
             for line in found["lengths"]
         ]
     )
-    return result, {"lengths": lengths, "slopes": common.slopes_table(lines)}, figure
+    tables = {
+        "paper": common.paper_table("exp4", found),
+        "lengths": lengths,
+        "slopes": common.slopes_table(lines),
+    }
+    return result, tables, figure
+
+
+def linear(rows: pd.DataFrame, notes: list[str]) -> tuple[Claim, Estimate | None, Estimate | None]:
+    """Judge whether output tokens scale linearly.
+
+    Returns
+    -------
+    claim, growth, exponent
+        The last decode step over the second, and the exponent of T_LLM_decode; both clustered by
+        image.
+    """
+    from vlm_latency import statistics as st
+
+    decoded = rows[(rows["num_output_tokens"] > 1) & (rows["T_LLM_decode"] > 0)]
+    law = common.unless_impossible(
+        notes,
+        "exponent",
+        st.power_law_fit,
+        decoded["num_output_tokens"].astype(float) - 1,
+        decoded["T_LLM_decode"],
+        common.clusters(decoded),
+    )
+    exponent, growth, steps = law.exponent if law else None, None, _steps(rows)
+    later = steps[steps["position"] > 1]
+    if later["position"].nunique() > 2:
+        line = st.linear_fit(later["position"], later["ms"], later["image"])
+        growth = line.growth(2, float(later["position"].max()))
+    return st.language_linear_claim(growth, exponent), growth, exponent
 
 
 def _slope(rows: pd.DataFrame) -> Estimate | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def report(
     notes: list[str] = []
     own = options.flops.estimator
     sweeps = {"exp3": vision, "exp4": language}
+    _same_model(sweeps)
     points = pd.concat(
         [entry_table(data, name).assign(sweep=name) for name, data in sweeps.items()],
         ignore_index=True,
@@ -101,7 +103,24 @@ def report(
         },
         **common.frame(options, environment, coverage, found, [claim], finding),
     }
-    return result, {"predictors": _predictors(held_out), "association": _table(estimators)}, figure
+    tables = {
+        "paper": common.paper_table("exp5", found),
+        "predictors": _predictors(held_out),
+        "association": _table(estimators),
+    }
+    return result, tables, figure
+
+
+def _same_model(sweeps: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse results of two models: a line through both is about neither."""
+    models = [(data.get("environment") or {}).get("model") or {} for data in sweeps.values()]
+    names = [model.get("name") for model in models]
+    if None not in names and len(set(names)) > 1:
+        said = " and ".join(f"{sweep} of {name}" for sweep, name in zip(sweeps, names, strict=True))
+        raise DataError(
+            f"found results of two models, {said}; expected both of one: give "
+            "exp5.vision_results and exp5.language_results of the same model"
+        )
 
 
 def _chosen_flops(points: pd.DataFrame, estimator: str, notes: list[str]) -> pd.DataFrame:

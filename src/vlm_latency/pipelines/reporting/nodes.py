@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+log = logging.getLogger("vlm_latency")
 
 
 def report_of(experiment: str) -> Callable[..., Any]:
@@ -25,4 +28,17 @@ def publish(results: dict[str, Any], *made: Any) -> str:
     """
     from vlm_latency.page import build_page
 
+    for name, study in results.items():
+        coverage = (study.result or {}).get("coverage") or {}
+        if coverage.get("failed"):
+            reasons = "; ".join(
+                f"{count} × {reason}" for reason, count in coverage["failures"].items()
+            )
+            log.warning(
+                "%s: %d of %d runs failed and are in no statistic: %s",
+                name,
+                coverage["failed"],
+                coverage["planned"],
+                reasons,
+            )
     return build_page(results)
