@@ -12,8 +12,11 @@ def test_every_row_has_peaks_and_a_source() -> None:
     names = (
         "H100",
         "H100 PCIe",
+        "H100 NVL",
         "H200",
+        "H200 NVL",
         "A100",
+        "A100 80GB PCIe",
         "A100 40GB",
         "L4",
         "L40S",
@@ -35,6 +38,9 @@ def test_every_row_has_peaks_and_a_source() -> None:
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H200", "H200"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
         ("NVIDIA L4", "L4"),
@@ -50,7 +56,15 @@ def test_devices_are_known_by_their_full_name(full_name: str, row: str) -> None:
 
 def test_unknown_devices() -> None:
     assert known_device("x86_64") is None
-    with pytest.raises(UserError, match="expected one of H100, H100 PCIe, H200"):
+    # boards of a known chip whose peaks are others, or are not published
+    for name in (
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA Jetson Orin Nano Developer Kit",
+    ):
+        assert known_device(name) is None
+    with pytest.raises(UserError, match="expected one of H100, H100 PCIe, H100 NVL"):
         hardware("x86_64")
 
 

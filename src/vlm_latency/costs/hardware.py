@@ -18,6 +18,13 @@ import yaml
 from vlm_latency.errors import UserError
 
 
+# What tells boards of one chip apart in a device's full name; their peaks differ.
+BOARDS = frozenset(
+    {"laptop", "mobile", "max", "d", "ti", "super", "ada", "pcie", "nvl", "mig", "40gb", "64gb"}
+    | {"94gb", "96gb", "nano", "nx"}
+)
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Peaks of one device.
@@ -35,6 +42,8 @@ class Hardware:
         Where the numbers are from.
     measured : bool
         On this machine, in place of published.
+    boards : tuple of str
+        Words of `BOARDS` that the row holds for besides those in its name.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Hardware:
     memory_bytes: float | None
     source: str
     measured: bool = False
+    boards: tuple[str, ...] = ()
 
     def peak(self, dtype: str) -> float:
         """FLOP/s at a dtype.
@@ -92,6 +102,7 @@ def _devices() -> dict[str, Hardware]:
             launch_overhead_us=float(content["defaults"]["launch_overhead_us"]),
             memory_bytes=float(row["memory_bytes"]),
             source=row["source"],
+            boards=tuple(row.get("boards", ())),
         )
         for name, row in content["devices"].items()
     }
@@ -100,14 +111,19 @@ def _devices() -> dict[str, Hardware]:
 def known_device(name: str) -> Hardware | None:
     """The row whose name is in a device's full name ("NVIDIA H200" is an H200), or None.
 
+    A device of another board than the row's has other peaks, and is not that device.
+
     >>> known_device("NVIDIA GeForce RTX 4090").bytes_per_s
     1008000000000.0
+    >>> known_device("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    True
     """
-    words = name.lower().replace("-", " ").split()
+    words = set(name.lower().replace("-", " ").split())
     matches = [
         device
-        for key, device in _devices().items()
-        if all(part in words for part in key.lower().split())
+        for device in _devices().values()
+        if set(device.name.lower().split()) <= words
+        and words & BOARDS <= {*device.name.lower().split(), *device.boards}
     ]
     return max(matches, key=lambda device: len(device.name), default=None)
 
