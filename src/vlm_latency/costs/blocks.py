@@ -9,7 +9,7 @@ their number; two calls when shapes, types and all values that are known are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,14 +50,19 @@ class EqualBlocks:
     ----------
     model : nn.Module
         On the meta device. Blocks are the items of its module lists that are at least two.
+    whole : modules
+        Also remembered, as one: a component that runs on images of equal shapes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: Iterable[nn.Module] = ()) -> None:
         self.blocks = [
-            block
-            for blocks in model.modules()
-            if isinstance(blocks, nn.ModuleList) and len(blocks) > 1
-            for block in blocks
+            *whole,
+            *(
+                block
+                for blocks in model.modules()
+                if isinstance(blocks, nn.ModuleList) and len(blocks) > 1
+                for block in blocks
+            ),
         ]
         self._kinds: dict[int, Any] = {}
         self._known: dict[Any, tuple[Any, Any, Count]] = {}

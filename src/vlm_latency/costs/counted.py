@@ -143,9 +143,13 @@ class Counter:
         self.modules = components.resolve(model)
         self.text_config = model.config.get_text_config()
         self.window = window
-        self._blocks = EqualBlocks(model) if equal_blocks else None
+        self._blocks = EqualBlocks(model, self._image_parts()) if equal_blocks else None
         self._steps: dict[int, Count] = {}
         self._prefills: dict[int, Count] = {}
+
+    def _image_parts(self) -> list[nn.Module]:
+        """Components whose cost follows from the shape of an image alone."""
+        return [self.modules.vision_encoder, *self.modules.projector_parts]
 
     def vision(self, inputs: dict[str, torch.Tensor]) -> tuple[Count, Count]:
         """Run ``get_image_features`` on `inputs`: the encoder, and the rest (the projector)."""

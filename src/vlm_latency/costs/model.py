@@ -277,8 +277,16 @@ class CostModel:
     def _count_images(
         self, images: dict[tuple[int, ...], list[int]]
     ) -> dict[tuple[int, ...], tuple[int, ...]]:
+        like: dict[tuple[int, ...], dict[str, Any]] = {}
+
         def count(key: tuple[int, ...]) -> list[int]:
-            inputs = self.architecture.dummy_inputs(*images[key], TEXT_TOKENS)
+            width, height = images[key]
+            inputs = like.get(key[:2])
+            if inputs is None or "image_sizes" not in inputs:
+                inputs = like[key[:2]] = self.architecture.dummy_inputs(width, height, TEXT_TOKENS)
+            else:  # crops of one shape, and the size that they are put together by
+                sizes = inputs["image_sizes"]
+                inputs = {**inputs, "image_sizes": sizes.new_tensor([[height, width]])}
             parts = dict(zip(("vision", "projector"), self.counter.vision(inputs), strict=True))
             return [getattr(parts[part], what) for part, what in COUNTS]
 
