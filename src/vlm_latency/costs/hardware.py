@@ -17,7 +17,6 @@ import yaml
 
 from vlm_latency.errors import UserError
 
-
 # What tells boards of one chip apart in a device's full name; their peaks differ.
 BOARDS = frozenset(
     {"laptop", "mobile", "max", "d", "ti", "super", "ada", "pcie", "nvl", "mig", "40gb", "64gb"}

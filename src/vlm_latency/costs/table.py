@@ -19,6 +19,9 @@ from vlm_latency.errors import UserError
 logger = logging.getLogger(__name__)
 
 ESTIMATORS = {"analytic": "analytic", "counted": "counted", "parameter_rule": "rule"}
+
+# A share of the peak that no measurement error explains: ceilings are measured to some per cent.
+BEYOND = 1.25
 NEEDED = ("num_total_tokens", "num_vision_tokens", "num_crops", "num_vision_patches")
 
 
@@ -91,6 +94,7 @@ def add_costs(
                 moved = added[f"bytes_{part}"].to_numpy(dtype=float, na_value=np.nan)
                 added[f"mfu_{part}"] = utilisation(flops, time, machine.peak(dtype))
                 added[f"mbu_{part}"] = utilisation(moved, time, machine.bytes_per_s)
+        added["costs_note"] = _impossible(added)
     kept = records.drop(columns=[name for name in added if name in records])
     return pd.concat([kept, added], axis=1)
 
@@ -176,6 +180,22 @@ def _no_columns(reason: str, counted: bool, hardware: Hardware | None) -> dict[s
     if hardware is not None:
         columns |= {f"roofline_bound_{part}": None for part in PARTS}
     return {**columns, "costs_note": reason}
+
+
+def _impossible(added: pd.DataFrame) -> pd.Series:
+    """Note on each run the parts that were quicker than their work can be done."""
+    notes = added["costs_note"].astype("string")
+    for part in PARTS:
+        share = added.get(f"mfu_{part}")
+        if share is not None and (beyond := (share > BEYOND).to_numpy()).any():
+            said = (
+                f"{part}: above {BEYOND:.0%} of what the machine can do; part of the work was not "
+                "done (cached image features?), or the machine's limit is set too low"
+            )
+            notes[beyond] = (
+                notes[beyond].map(lambda n, said=said: f"{n}; {said}", "ignore").fillna(said)
+            )
+    return notes
 
 
 def _where_it_runs(

@@ -79,6 +79,8 @@ def _marks(found: Mapping[str, Study]) -> list[str]:
             marks[f"{study.name} is partial"] = None
         if (result.get("coverage") or {}).get("failed"):
             marks[f"{study.name} has failed runs"] = None
+        for note in (result.get("coverage") or {}).get("costs") or ():
+            marks[f"costs of {study.name}: {note}"] = None
         if result.get("protocol") == "seed":
             marks["protocol: seed"] = None
         method = (environment.get("measurement") or {}).get("method", "timeline")

@@ -177,6 +177,12 @@ def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> l
     return rows
 
 
+def with_cost_notes(coverage: dict[str, Any], records: pd.DataFrame) -> dict[str, Any]:
+    """Add to what is said of the runs why costs are null or not to be trusted."""
+    notes = records["costs_note"].dropna().unique().tolist() if "costs_note" in records else []
+    return {**coverage, "costs": notes} if notes else coverage
+
+
 def frame(
     options: ExperimentOptions,
     environment: dict[str, Any],
@@ -259,6 +265,7 @@ def marks(result: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"partial: {coverage['measured']} of {coverage['planned']} runs")
     if coverage.get("failed"):
         found.append(f"{coverage['failed']} runs failed")
+    found += [f"costs: {note}" for note in coverage.get("costs") or ()]
     if result.get("protocol", "exact") != "exact":
         found.append(f"protocol: {result['protocol']}")
     method = (environment.get("measurement") or {}).get("method", "timeline")

@@ -42,6 +42,7 @@ def report(
     from vlm_latency.plots.style import Style
     from vlm_latency.statistics.variance import FACTORS
 
+    coverage = common.with_cost_notes(coverage, records)
     rows = common.succeeded(records)
     # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
     sample = rows[rows["run_index"] < options.measurement.num_runs].reset_index(drop=True)

@@ -38,6 +38,7 @@ def report(
     from vlm_latency.plots.composition import latency_components, latency_pie, parameters_pie
     from vlm_latency.plots.style import Style
 
+    coverage = common.with_cost_notes(coverage, records)
     rows = common.succeeded(records)
     means, shares = common.means(rows), common.shares(rows)
     parameters = model.architecture.parameters.to_dict()

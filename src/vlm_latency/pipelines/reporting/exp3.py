@@ -42,6 +42,7 @@ def report(
     # Whatever the questions of the other experiments come from, a sweep's images are made for it.
     made = bool(requests["synthetic"].fillna(False).all())
     environment = {**environment, "dataset": {**environment["dataset"], "synthetic": made}}
+    coverage = common.with_cost_notes(coverage, records)
     rows = common.succeeded(records)
     notes = common.not_computed(rows)
     axis = f"num_vision_{options.figures.vision_axis}"

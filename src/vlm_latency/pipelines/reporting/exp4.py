@@ -43,6 +43,7 @@ def report(
     from vlm_latency.plots.language_sweep import language_tokens_vs_latency
     from vlm_latency.plots.style import Style
 
+    coverage = common.with_cost_notes(coverage, records)
     rows = common.succeeded(records)
     notes = common.not_computed(rows)
     image, tokens = common.clusters(rows), rows["num_output_tokens"].astype(float)

@@ -86,7 +86,9 @@ def report(
     found["verdict"] = _verdict(found, claim)
     finding = _finding(found, claim)
     coverage = {name: data.get("coverage") for name, data in sweeps.items()}
-    context = common.context(options, environment, {"partial": False}, finding)
+    costs = dict.fromkeys(x for one in coverage.values() for x in (one or {}).get("costs", ()))
+    known = {"partial": False, "costs": [*costs]}
+    context = common.context(options, environment, known, finding)
     context = replace(context, marks=(*context.marks, *marks))
     drawn = points.rename(columns={"flops_total": "flops", "T_total": "latency_ms"})
     figure = flops_vs_latency(drawn, found, context, Style.of(options.figures))
