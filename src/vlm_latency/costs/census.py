@@ -12,6 +12,7 @@ analytic costs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -68,7 +69,7 @@ def _census(model: Any, components: Any, model_type: str) -> Census:
         for module, path in zip(modules.projector, components.projector, strict=True)
     ]
     projector, first, side = _projector(projectors)
-    llm, kv_widths, num_experts, top_k = _decoder(
+    llm, layers, kv_widths, num_experts, top_k = _decoder(
         Part(modules.language_model, components.language_model, roots)
     )
     llm.weights -= embedding.numel()
@@ -91,6 +92,7 @@ def _census(model: Any, components: Any, model_type: str) -> Census:
         num_experts=num_experts,
         top_k=top_k,
         kv_widths=kv_widths,
+        layers=layers,
     )
 
 
@@ -182,9 +184,12 @@ def _projector(parts: Sequence[Part]) -> tuple[Tally, int | None, int]:
     return tally, first, side
 
 
-def _decoder(part: Part) -> tuple[Tally, tuple[tuple[int, int | None], ...], int, int]:
-    """The decoder, keys and values per layer, number of experts, experts per token."""
+def _decoder(
+    part: Part,
+) -> tuple[Tally, tuple[dict[str, int], ...], tuple[tuple[int, int | None], ...], int, int]:
+    """The decoder, its FLOPs, keys and values by layer, number of experts, experts per token."""
     tally, kv_widths, num_experts, top_k = Tally(weights=part.weights), [], 0, 0
+    layers: dict[int, Counter[str]] = {}
     with _or_unknown(tally, part.path):
         sets = {id(found.module): found for found in expert_sets(part.root)}
         units_of = {
@@ -193,7 +198,7 @@ def _decoder(part: Part) -> tuple[Tally, tuple[tuple[int, int | None], ...], int
             for inner in (*found.router, found.module)
         }
         for path, module in part.modules():
-            kind = type(module).__name__
+            kind, before = type(module).__name__, Counter(tally.flops)
             visitors = units_of.get(id(module), "all")
             if _is_attention(module):
                 if "Cross" in kind:
@@ -221,7 +226,12 @@ def _decoder(part: Part) -> tuple[Tally, tuple[tuple[int, int | None], ...], int
                 _visit(tally, visitors, *reversed(module.weight.shape))
             else:
                 _file(tally, path, module, "token")
-    return tally, tuple(kv_widths), num_experts, top_k
+            number = next((int(x) for x in path.split(".") if x.isdigit()), None)
+            if number is not None and tally.flops != before:
+                tally.flops.subtract(before)
+                layers.setdefault(number, Counter()).update(tally.flops)
+                tally.flops.update(before)
+    return tally, tuple(map(dict, layers.values())), tuple(kv_widths), num_experts, top_k
 
 
 def _visit(tally: Tally, visitors: str, width_in: int, width_out: int, times: int = 1) -> None:

@@ -110,6 +110,7 @@ class Census:
     num_experts: int
     top_k: int
     kv_widths: tuple[tuple[int, int | None], ...]  # per layer: keys and values; sliding window
+    layers: tuple[dict[str, int], ...]  # of the decoder: FLOPs per unit
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -150,6 +151,7 @@ class Census:
                 **{part: tally(plain[part]) for part in ("vision", "projector", "llm", "head")},
                 "windows": windows and Windows(**windows),
                 "merge": merge and Fraction(*merge),
+                "layers": tuple(plain["layers"]),
                 "kv_widths": tuple((width, window) for width, window in plain["kv_widths"]),
             }
         )
@@ -181,6 +183,7 @@ NO_WORK = Census(
     num_experts=0,
     top_k=0,
     kv_widths=(),
+    layers=(),
 )
 
 
