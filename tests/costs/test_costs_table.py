@@ -154,6 +154,16 @@ def test_a_difference_is_told(
     assert "vision: counted FLOPs differ from analytic ones by up to 6" in caplog.text
 
 
+def test_quicker_than_the_machine_can_be_is_marked(by_hand: CostModel) -> None:
+    """Cached image features: the encoder's time is gone, its work is not."""
+    records = runs()
+    records.loc[1, "T_vision_encoder"] = 1e-3
+    table = add_costs(records, by_hand.architecture, hardware=CEILINGS, dtype="float32")
+    assert table["mfu_vision"][1] > 20
+    assert table["costs_note"].isna().tolist() == [True, False, True]
+    assert "vision: above 125% of what the machine can do" in table["costs_note"][1]
+
+
 def test_the_null_model_costs_nothing() -> None:
     from vlm_latency.models import describe
     from vlm_latency.options import ModelOptions

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
@@ -102,12 +103,12 @@ class EqualBlocks:
                 for cache, layer in zip(caches, kept, strict=True):
                     cache.layers[number] = copied_layer(layer)
                 add(count)
-                return given
+                return _rebuilt(given)
             before = read()
             given = forward(*args, **kwargs)
             if all(x.is_meta for x in tree_leaves(given) if isinstance(x, torch.Tensor)):
                 kept = [copied_layer(cache.layers[number]) for cache in caches]
-                self._known[key] = given, kept, read() - before
+                self._known[key] = _rebuilt(given), kept, read() - before
             return given
 
         return run
@@ -146,8 +147,7 @@ def _number(block: nn.Module) -> int:
 def _likeness(value: Any, number: int) -> Any:
     """What two arguments have in common when a block costs the same on both."""
     if isinstance(value, torch.Tensor):
-        known = None if value.is_meta else value.contiguous().view(-1).numpy().tobytes()
-        return tuple(value.shape), value.dtype, known
+        return tuple(value.shape), value.dtype, None if value.is_meta else _bytes(value)
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, list | tuple):
@@ -167,6 +167,21 @@ def _likeness(value: Any, number: int) -> Any:
             number,
         )
     raise UnlikeError
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    """Values of a tensor, those that it repeats along an axis once; not counted as its reader's."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    with _disable_current_modes():
+        values = tensor[once]
+        # numpy has no bfloat16; float32 holds its values.
+        values = values.float() if values.dtype == torch.bfloat16 else values
+        return values.numpy().tobytes()
+
+
+def _rebuilt(given: Any) -> Any:
+    """The same tensors in containers of their own, for a caller that writes into them."""
+    return tree_map(lambda leaf: leaf, given)
 
 
 def copied_layer(layer: Any) -> Any:

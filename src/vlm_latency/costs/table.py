@@ -192,9 +192,7 @@ def _impossible(added: pd.DataFrame) -> pd.Series:
                 f"{part}: above {BEYOND:.0%} of what the machine can do; part of the work was not "
                 "done (cached image features?), or the machine's limit is set too low"
             )
-            notes[beyond] = (
-                notes[beyond].map(lambda n, said=said: f"{n}; {said}", "ignore").fillna(said)
-            )
+            notes[beyond] = (notes[beyond] + "; ").fillna("") + said
     return notes
 
 
