@@ -183,6 +183,34 @@ def test_the_grid_agrees_with_single_workloads(by_hand: CostModel, predictor: Pr
     assert (grid["T_total"].diff().iloc[[1, 3]] > 0).all()
 
 
+def test_what_was_not_measured_is_marked(by_hand: CostModel, predictor: Predictor) -> None:
+    """Measured were 4 … 32 vision tokens, 13 … 41 of the prompt, 1 … 128 written."""
+    assert predictor.measured == {
+        "num_vision_tokens": (4.0, 32.0),
+        "num_total_tokens": (13.0, 41.0),
+        "num_output_tokens": (1.0, 128.0),
+    }
+    grid = latency_grid(by_hand, predictor, (28, 28), 9, [4, 32, 33], [1, 128, 129])
+    inside = ~grid.set_index(["num_vision_tokens", "num_output_tokens"])["extrapolated"]
+    assert inside.loc[[4, 32], [1, 128]].all()
+    assert not inside.loc[33].any()
+    assert not inside.loc[:, 129].any()
+    for prompt, outputs, beyond in ((9, 4, False), (8, 4, True), (38, 4, True), (9, 200, True)):
+        found = predict_workload(by_hand, predictor, 28, 28, prompt, outputs)
+        assert found["extrapolated"] is beyond
+    pruned = pruning_table(by_hand, predictor, (28, 28), 9, 4, [1, 0.5], 1)
+    assert pruned.groupby("keep")["extrapolated"].all().to_dict() == {0.5: True, 1.0: False}
+
+
+def test_a_model_of_unknown_costs_is_not_predicted(
+    by_hand: CostModel, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CostModel, "unknown", {"vision": "no rule for x"})
+    monkeypatch.setattr(by_hand.architecture, "name", "odd", raising=False)
+    with pytest.raises(UserError, match=r"no latency of odd can be predicted.* no rule for x"):
+        predict_workload(by_hand, predictor, 28, 28, 9, 4)
+
+
 def test_work_of_the_encoder_is_in_proportion_and_weights_are_not(by_hand: CostModel) -> None:
     table = workload_columns(by_hand, (28, 28), 9, [1, 1, 1], "float32", [4, 8, 0])
     weights = 4 * by_hand.census.vision.weights

@@ -148,8 +148,9 @@ class Counter:
         self._prefills: dict[int, Count] = {}
 
     def _image_parts(self) -> list[nn.Module]:
-        """Components whose cost follows from the shape of an image alone."""
-        return [self.modules.vision_encoder, *self.modules.projector_parts]
+        """Components that are remembered as one; not an encoder whose mergers are told apart."""
+        encoder = () if self.modules.mergers else (self.modules.vision_encoder,)
+        return [*encoder, *self.modules.projector_parts]
 
     def vision(self, inputs: dict[str, torch.Tensor]) -> tuple[Count, Count]:
         """Run ``get_image_features`` on `inputs`: the encoder, and the rest (the projector)."""

@@ -10,7 +10,7 @@ latency comes with its composition (`calibrate_predictor`, `predict_workload`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Predictor:
         Entries and shapes it was calibrated on.
     calibrated_on : str or None
         The device, where it is not `hardware`: then the interval is no guarantee.
+    measured : mapping of column to (lowest, highest)
+        Token counts that it was calibrated on; empty without a calibration.
     """
 
     coefficients: Mapping[tuple[str, str], float] | None
@@ -69,6 +71,19 @@ class Predictor:
     n: int = 0
     num_shapes: int = 0
     calibrated_on: str | None = None
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def outside(self, table: pd.DataFrame) -> np.ndarray:
+        """Say of each row whether a token count lies outside of those calibrated on.
+
+        There the prediction is an extrapolation, which its interval knows nothing of.
+        """
+        beyond = np.zeros(len(table), dtype=bool)
+        for name, (low, high) in self.measured.items():
+            if name in table:
+                counts = _floats(table, name)
+                beyond |= (counts < low) | (counts > high)
+        return beyond
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:
         """Predict each row of a table with `cost_columns`.
@@ -272,6 +287,10 @@ def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -
         mape=error[1],
         n=len(entries),
         num_shapes=held_out.n_groups,
+        measured={
+            name: (float(_floats(entries, name).min()), float(_floats(entries, name).max()))
+            for name in SHAPE[1:]
+        },
     )
 
 
@@ -317,6 +336,11 @@ def workload_columns(
         own. FLOPs and activations of encoder and projector are in proportion to it, weights and
         launches are not.
     """
+    if costs.unknown:
+        raise UserError(
+            f"no latency of {costs.architecture.name} can be predicted, because its costs are not "
+            "known: " + "; ".join(f"{part}: {why}" for part, why in costs.unknown.items())
+        )
     own = costs.architecture.image_tokens(*image)
     outputs = np.asarray(output_tokens, dtype=np.int64)
     vision = np.broadcast_to(
@@ -409,6 +433,7 @@ def predict_workload(
         "num_crops": own.num_crops,
         **{name: int(row[name]) for name in SHAPE[1:]},
         **{name: None if np.isnan(value) else value for name, value in times.items()},
+        "extrapolated": bool(predictor.outside(table)[0]),
         "T_first_token": float(first),
         "binds": binds,
         "predicted_kv_cache_bytes": int(costs.kv_cache_bytes(shape, predictor.dtype)),
@@ -427,13 +452,15 @@ def latency_grid(
     """Latency over vision tokens × output tokens, one row per cell.
 
     The vision part is in proportion to that of `image`. Columns: ``num_vision_tokens``,
-    ``num_output_tokens`` and what `Predictor.predict` gives.
+    ``num_output_tokens``, what `Predictor.predict` gives, and ``extrapolated``: whether the cell is
+    outside of what was measured.
     """
     vision, outputs = (
         axis.ravel() for axis in np.meshgrid(vision_tokens, output_tokens, indexing="ij")
     )
     table = workload_columns(costs, image, prompt_tokens, outputs, predictor.dtype, vision)
-    return table[["num_vision_tokens", "num_output_tokens"]].join(predictor.predict(table))
+    cells = table[["num_vision_tokens", "num_output_tokens"]].join(predictor.predict(table))
+    return cells.assign(extrapolated=predictor.outside(table))
 
 
 def pruning_table(
@@ -500,7 +527,9 @@ def pruning_table(
         times = predictor.predict(table)
         label = f"{place} {drop_layer}" if place == PLACES[2] else place
         rows.append(
-            pd.DataFrame({"place": label, "keep": shares, "num_vision_tokens": kept}).join(times)
+            pd.DataFrame({"place": label, "keep": shares, "num_vision_tokens": kept})
+            .join(times)
+            .assign(extrapolated=predictor.outside(table))
         )
     found = pd.concat(rows, ignore_index=True)
     whole = predictor.predict(full)["T_total"].iloc[0]

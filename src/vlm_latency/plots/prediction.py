@@ -39,7 +39,8 @@ def predicted_latency(
     Parameters
     ----------
     grid : DataFrame
-        `num_vision_tokens`, `num_output_tokens`, `latency_ms`: one row per cell.
+        `num_vision_tokens`, `num_output_tokens`, `latency_ms`: one row per cell; optional,
+        `extrapolated`: cells outside of what was measured, which get a cross.
     pruning : DataFrame
         `where` (where tokens are dropped, in words), `keep` (share kept, 0 to 1), `latency_ms`,
         and, optional, `low_ms`, `high_ms`.
@@ -76,13 +77,19 @@ def _map(axes: Axes, grid: pd.DataFrame) -> None:
         index="num_vision_tokens", columns="num_output_tokens", values="latency_ms"
     )
     values = table.to_numpy(float)
+    crossed = np.zeros(values.shape, dtype=bool)
+    if "extrapolated" in grid:
+        cells = grid.pivot_table(
+            index="num_vision_tokens", columns="num_output_tokens", values="extrapolated"
+        )
+        crossed = cells.to_numpy(float) > 0
     low, high = np.nanmin(values), np.nanmax(values)
     norm = LogNorm(low, high) if 0 < low < high else None
     axes.imshow(values, origin="lower", aspect="auto", cmap="cividis", norm=norm)
     middle = np.sqrt(low * high) if norm else (low + high) / 2
     for (i, j), value in np.ndenumerate(values):
         axes.text(
-            j, i, number(value), ha="center", va="center", size=small(),
+            j, i, number(value) + " ×" * int(crossed[i, j]), ha="center", va="center", size=small(),
             color="white" if value <= middle else "black",
         )  # fmt: skip
     axes.set_xticks(range(table.shape[1]), [f"{n:,}" for n in table.columns])

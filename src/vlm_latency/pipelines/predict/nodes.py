@@ -55,8 +55,8 @@ def predict(
     ceilings = vision.get("ceilings")
     if not ceilings:
         raise DataError(
-            "the result of exp3 does not say what its machine can do at most; predict needs results "
-            "that 'kedro run --pipeline phase2' made"
+            "the result of exp3 does not say what its machine can do at most; predict needs the "
+            "results of exp3 and exp4 that 'kedro run --pipeline phase2' writes"
         )
     image = asked.image
     entries = pd.concat(
@@ -88,6 +88,18 @@ def predict(
         "tokens"
     )
     notes = [f"no interval: {unit.note}"] if unit.note else []
+    ranges = ", ".join(
+        f"{low:,.0f} … {high:,.0f} {name.removeprefix('num_').replace('_', ' ')}"
+        for name, (low, high) in predictor.measured.items()
+    )
+    if found["extrapolated"]:
+        notes.append(
+            f"an extrapolation: measured were {ranges}; the interval knows nothing of what is "
+            "outside. exp3 (exp3.sampling.max_grid_size) and exp4 (exp4.sampling.max_new_tokens_list) "
+            "can measure more"
+        )
+    elif grid["extrapolated"].any():
+        notes.append(f"× in the map: outside of what was measured ({ranges})")
     if measured_on.get("name") not in (None, model.options.name):
         notes.append(
             f"calibrated on {measured_on['name']}, asked for {model.options.name}: an "
