@@ -231,6 +231,12 @@ _COSTS = (
     ),
     _bytes("predicted_kv_cache_bytes", "keys and values, predicted"),
     _bytes("predicted_peak_memory_bytes", "most memory on the device, predicted"),
+    Column(
+        "costs_note",
+        "object",
+        "",
+        "why a cost is not known, or what of it is not confirmed; else null",
+    ),
 )
 
 _ONCE = {column.name: column for column in _REQUEST}

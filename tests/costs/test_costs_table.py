@@ -188,3 +188,17 @@ def test_the_null_model_costs_nothing() -> None:
 def test_what_a_user_gets_wrong(by_hand: CostModel, arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         add_costs(runs(), by_hand.architecture, **arguments)
+
+
+def test_every_cost_is_a_column_of_the_record() -> None:
+    from vlm_latency.models import describe
+    from vlm_latency.options import ModelOptions
+    from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, measured_table
+
+    counts = {"num_crops": 2, "num_vision_patches": 8, "num_vision_tokens": 8}
+    row = {**counts, "num_total_tokens": 20, "num_output_tokens": 3, "order_index": 0}
+    table = measured_table([row])
+    ceilings = {"flops_per_s": 1e12, "bytes_per_s": 1e11, "launch_overhead_us": 5.0}
+    architecture = describe(ModelOptions(name="tiny-llava"))
+    costs = add_costs(table, architecture, hardware=ceilings, dtype="float32", counted=False)
+    assert set(costs) - set(MEASURED_COLUMNS) <= set(COST_COLUMNS)

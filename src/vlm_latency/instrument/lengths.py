@@ -6,12 +6,14 @@ step. A service that meets new lengths pays for it; a steady state does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+from vlm_latency.records import Row
 
 if TYPE_CHECKING:
     from vlm_latency.models.requests import TokenCounts
@@ -64,7 +66,7 @@ class Novelty:
             return min(self.differences) > smallest
         return percentile(self.differences, 50).above(smallest)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Row:
         """Give medians with their intervals, and a sentence."""
         from vlm_latency.statistics import percentile
 
@@ -161,7 +163,7 @@ def found_in_runs(runs: pd.DataFrame) -> tuple[Novelty, Novelty]:
     return prompt, key
 
 
-def summary(runs: pd.DataFrame, sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(runs: pd.DataFrame, sessions: Sequence[Row]) -> Row:
     """Say what new lengths cost: as tried while warming up, or else as the runs themselves show.
 
     Parameters
@@ -177,7 +179,7 @@ def summary(runs: pd.DataFrame, sessions: Sequence[Mapping[str, Any]]) -> dict[s
     """
     told = [session["lengths"] for session in sessions if session.get("lengths")]
     seen = dict(zip(("prompt", "key"), found_in_runs(runs), strict=True))
-    found: dict[str, Any] = {"mode": told[-1]["mode"] if told else None}
+    found: Row = {"mode": told[-1]["mode"] if told else None}
     for name, of_runs in seen.items():
         tried = [one[name] for one in told if one[name]["pairs"]]
         found[name] = max(tried, key=lambda one: one["pairs"]) if tried else of_runs.to_dict()

@@ -18,7 +18,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,7 +34,11 @@ from vlm_latency.models.boundaries import (
     PROJECTOR,
     boundaries,
 )
-from vlm_latency.records import TIME_COLUMNS
+from vlm_latency.records import TIME_COLUMNS, Row
+
+if TYPE_CHECKING:
+    from vlm_latency.models.loading import VLM
+    from vlm_latency.models.requests import Prepared
 
 DECODE, OTHER = "T_LLM_decode", "T_other"
 VISION_MARKS = 256  # slots for boundaries of the vision part; further ones are made on demand
@@ -63,7 +67,7 @@ class Reading:
         a model drops tokens before its decoder; None where the decoder was not seen.
     """
 
-    times: dict[str, Any]
+    times: Row
     token_ids: list[int]
     peak_memory_bytes: int | None
     kv_cache_bytes: int | None
@@ -118,13 +122,13 @@ class Meter:
 
     def __init__(
         self,
-        vlm: Any,
+        vlm: VLM,
         engine: str = "eager",
         max_cache_len: int | None = None,
         nvtx: bool = False,
     ) -> None:
         self.vlm = vlm
-        self.model = vlm.model
+        self.model: Any = vlm.model
         self.device = torch.device(vlm.device)
         self.engine = engine
         self.max_cache_len = max_cache_len
@@ -153,7 +157,9 @@ class Meter:
         for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
             vars(self.model).pop(name, None)
 
-    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+    def __call__(
+        self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
+    ) -> Reading:
         """Measure one request, its inputs already on the device.
 
         Parameters
@@ -169,7 +175,7 @@ class Meter:
         raise NotImplementedError
 
     def bare(
-        self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False
+        self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
     ) -> tuple[float, list[int]]:
         """Time ``generate()`` without any instrument.
 
@@ -189,13 +195,13 @@ class Meter:
             synchronize(self.device)
             return (time.perf_counter_ns() - start) / 1e6, result
 
-    def _arguments(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool) -> dict[str, Any]:
+    def _arguments(self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool) -> Row:
         arguments = {**prepared.inputs, **self._engine_arguments, "max_new_tokens": max_new_tokens}
         if not stop_at_eos:
             arguments["eos_token_id"] = None
         return arguments
 
-    def _generate_on_timeline(self, arguments: dict[str, Any]) -> Any:
+    def _generate_on_timeline(self, arguments: Row) -> Any:
         """One ``generate()``; the marks of whatever is attached lie between its two ends."""
         self.timeline.restart(VISION_MARKS + 2 * arguments["max_new_tokens"])
         if self.device.type == "cuda":
@@ -246,7 +252,7 @@ class Meter:
         """Note how many positions the decoder is given first, behind all hooks of the model's own."""
         self._prefill_length: int | None = None
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: Row) -> None:
             if torch.compiler.is_compiling():
                 return
             handle.remove()  # decode steps go without
@@ -266,7 +272,7 @@ class Meter:
         return torch.cuda.max_memory_allocated(self.device) if on_cuda else None
 
     def _tokens(
-        self, output: Any, prepared: Any, max_new_tokens: int, stop_at_eos: bool
+        self, output: Any, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool
     ) -> list[int]:
         tokens = output.sequences[0, prepared.inputs["input_ids"].shape[1] :].tolist()
         if len(tokens) != max_new_tokens and not (stop_at_eos and tokens):
@@ -279,14 +285,16 @@ class Meter:
 class TimelineMeter(Meter):
     """One pass, no subtraction: marks at component boundaries inside one ``generate()``."""
 
-    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+    def __call__(
+        self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
+    ) -> Reading:
         arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
         with self._attached():
             output = self._generate_on_timeline(arguments)
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         host = intervals(self.timeline.host_marks(), len(tokens))
         device_marks = self.timeline.device_marks()
-        times: dict[str, Any] = dict.fromkeys(_TIMES)
+        times: Row = dict.fromkeys(_TIMES)
         if device_marks is None:
             times.update(host)
         else:
@@ -319,7 +327,9 @@ class SubtractionMeter(Meter):
     the encoder alone cannot tell them apart: both are None.
     """
 
-    def __call__(self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False) -> Reading:
+    def __call__(
+        self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
+    ) -> Reading:
         arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
         features_ms, calls = self._time_image_features(prepared.inputs)
         encoder = self.vlm.components.vision_encoder
@@ -330,7 +340,7 @@ class SubtractionMeter(Meter):
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         owned = partition(self.timeline.device_marks() or self.timeline.host_marks())
         total_ms = sum(owned.values()) / 1e6
-        times: dict[str, Any] = dict.fromkeys(_TIMES)
+        times: Row = dict.fromkeys(_TIMES)
         if forward_ms is None:
             prefill_ms = owned[PREFILL] / 1e6
         else:
@@ -359,7 +369,7 @@ class SubtractionMeter(Meter):
             prefill_length=self._prefill_length,
         )
 
-    def _time_image_features(self, inputs: dict[str, Any]) -> tuple[float, list[Any]]:
+    def _time_image_features(self, inputs: Row) -> tuple[float, list[Any]]:
         """Time ``get_image_features`` and note what the encoder was called with."""
         function = self.model.base_model.get_image_features
         known = inspect.signature(function).parameters
@@ -374,9 +384,7 @@ class SubtractionMeter(Meter):
             handle.remove()
         return elapsed, calls
 
-    def _time_prefill(
-        self, inputs: dict[str, Any], features_ms: float
-    ) -> tuple[float, float | None]:
+    def _time_prefill(self, inputs: Row, features_ms: float) -> tuple[float, float | None]:
         """Time one full forward, as ``generate()`` calls it; prefill is what vision leaves."""
         last = {"logits_to_keep": 1} if self._keeps_logits() else {}
         forward_ms, _ = self._timed(lambda: self.model(**inputs, **last, use_cache=True))
@@ -396,7 +404,7 @@ class HookMeter(SubtractionMeter):
     It misses the first block, the final norm and the head.
     """
 
-    def _time_prefill(self, inputs: dict[str, Any], features_ms: float) -> tuple[float, None]:
+    def _time_prefill(self, inputs: Row, features_ms: float) -> tuple[float, None]:
         return 0.0, None
 
     @contextlib.contextmanager
@@ -405,11 +413,11 @@ class HookMeter(SubtractionMeter):
         blocks = decoder_blocks(self.vlm.components.language_model)
         timeline = self.timeline
 
-        def first(*_: Any) -> None:
+        def first(*_: object) -> None:
             timeline.open(PREFILL)
             handles[0].remove()
 
-        def last(*_: Any) -> None:
+        def last(*_: object) -> None:
             timeline.close(PREFILL)
             handles[1].remove()
 
@@ -431,7 +439,7 @@ _TIMES = tuple(name for name in TIME_COLUMNS if name != "T_preprocess")
 
 
 def make_meter(
-    vlm: Any,
+    vlm: VLM,
     method: str = "timeline",
     engine: str = "eager",
     max_cache_len: int | None = None,
@@ -441,7 +449,7 @@ def make_meter(
     return METERS[method](vlm, engine, max_cache_len, nvtx)
 
 
-def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
+def intervals(marks: Sequence[Mark], num_output_tokens: int) -> Row:
     """Turn the marks of one ``generate()`` into the record's intervals.
 
     Parameters
@@ -474,7 +482,7 @@ def intervals(marks: Sequence[Mark], num_output_tokens: int) -> dict[str, Any]:
     owned |= partition(with_decode(marks))
     between = owned[DECODE]
     owned[DECODE] += owned[DECODE_FORWARD]
-    times: dict[str, Any] = {label: ns / 1e6 for label, ns in owned.items()}
+    times: Row = {label: ns / 1e6 for label, ns in owned.items()}
     times["T_LLM_decode_between"] = between / 1e6
     times["T_vision_total"] = (owned[ENCODER] + owned[PROJECTOR]) / 1e6
     times["T_total"] = (marks[-1].time_ns - marks[0].time_ns) / 1e6
@@ -519,11 +527,9 @@ def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _engine_arguments(
-    engine: str, device: torch.device, max_cache_len: int | None
-) -> dict[str, Any]:
+def _engine_arguments(engine: str, device: torch.device, max_cache_len: int | None) -> Row:
     """What ``generate()`` is told for an engine, always greedy."""
-    arguments: dict[str, Any] = {
+    arguments: Row = {
         "do_sample": False,
         "temperature": None,
         "top_p": None,

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vlm_latency.records import Row
+
 try:
     import resource
 except ImportError:  # Windows
@@ -53,7 +55,7 @@ class NoiseProbe:
         self._switches = _switches()
         self._steal = self._steal_ms()
 
-    def stop(self) -> dict[str, Any]:
+    def stop(self) -> Row:
         """Give the record's ``involuntary_switches`` and ``steal_ms``; None where unknown."""
         return {
             "involuntary_switches": _since(self._switches, _switches()),
@@ -94,18 +96,18 @@ class GpuProbe:
         )
         self._at = float("-inf")
 
-    def sample(self) -> dict[str, Any]:
+    def sample(self) -> Row:
         """Give the record's columns of the GPU's state."""
         if self._handle is not None and time.monotonic() - self._at > SECONDS_BETWEEN_GPU_SAMPLES:
             self._last = self._read()
             self._at = time.monotonic()
         return self._last
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Row:
         import pynvml as nvml
 
         handle = self._handle
-        values: dict[str, Any] = {}
+        values: Row = {}
         readings = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "gpu_temperature_c": lambda: nvml.nvmlDeviceGetTemperature(

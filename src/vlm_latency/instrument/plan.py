@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import MeasurementOptions
+from vlm_latency.records import Row
 
 
 def plan(requests: pd.DataFrame, measurement: MeasurementOptions) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def plan(requests: pd.DataFrame, measurement: MeasurementOptions) -> pd.DataFram
 
 
 def output_rule(
-    request: Mapping[str, Any],
+    request: Row,
     options: MeasurementOptions,
     count_tokens: Callable[[str], int],
 ) -> tuple[int, bool]:

@@ -23,13 +23,14 @@ from vlm_latency.options import MeasurementOptions
 from vlm_latency.records import plain_rows
 
 if TYPE_CHECKING:
+    from vlm_latency.models.interface import LoadedModel
     from vlm_latency.records import Row
 
 SECONDS_PER_CHUNK = 0.5  # what a crash may lose, besides chunk_size runs
 
 
 def measure(
-    vlm: Any,
+    vlm: LoadedModel,
     requests: pd.DataFrame,
     options: MeasurementOptions,
     *,
@@ -85,7 +86,7 @@ def measure(
     if not left:
         return
     session = Session(vlm, options, fetch, template, log)
-    taking = _Turn(session, _identity(vlm, model_name or vlm.options.name, fingerprint))
+    taking = _Turn(session, _identity(vlm, str(model_name or vlm.options.name), fingerprint))
     first = len(done) if start_index is None else start_index
     runs = _runs([taking], requests, len(planned), left, options, first, progress)
     chunk: list[Row] = []
@@ -108,7 +109,7 @@ def measure(
 
 
 def interleave(
-    vlms: Mapping[str, Any],
+    vlms: Mapping[str, LoadedModel],
     requests: pd.DataFrame,
     options: MeasurementOptions,
     *,
@@ -204,7 +205,7 @@ def _note_wall_time(log: SessionLog, start: float) -> None:
     log.wall_s = time.perf_counter() - start
 
 
-def _identity(vlm: Any, name: str, fingerprint: str | None) -> Row:
+def _identity(vlm: LoadedModel, name: str, fingerprint: str | None) -> Row:
     return {
         "fingerprint": fingerprint,
         "model": name,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import ceil
@@ -25,17 +25,16 @@ from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
 from vlm_latency.models import thread_count
 from vlm_latency.options import MeasurementOptions
-from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS
+from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS, Row
 
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel, Meter
     from vlm_latency.models.requests import Prepared, TokenCounts
-    from vlm_latency.records import Row
 
 IMAGE_CACHE_BYTES = 128 * 2**20
 CACHE_LENGTH_STEP = 64  # static caches are a multiple of this, plus this for chat templates
 
-Fetch = Callable[[Mapping[str, Any]], bytes]
+Fetch = Callable[[Row], bytes]
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Session:
         engine = self.vlm.options.engine
         length = None if self._grows else self._cache_length(planned)
 
-        def make(vlm: LoadedModel) -> Meter:
+        def make(vlm: Any) -> Meter:
             from vlm_latency.instrument.methods import make_meter
 
             return make_meter(vlm, self.options.method, engine, length, self.options.nvtx)
@@ -297,7 +296,7 @@ def cached(fetch: Fetch) -> Fetch:
     """Keep the bytes of recent images: repeats and questions about one image fetch it once."""
     kept: LRUCache[tuple[Any, Any], bytes] = LRUCache(IMAGE_CACHE_BYTES, getsizeof=len)
 
-    def fetched(request: Mapping[str, Any]) -> bytes:
+    def fetched(request: Row) -> bytes:
         key = (request.get("image_path"), request.get("image_recipe"))
         if key in kept:
             return kept[key]

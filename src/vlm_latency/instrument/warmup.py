@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
 from vlm_latency.options import MeasurementOptions
@@ -41,7 +41,7 @@ class Visit:
 
     counts: TokenCounts
     prefill_length: int  # tokens that went into the decoder
-    times: Mapping[str, Any]
+    times: Row
     timed_ms: float
 
 
@@ -92,7 +92,7 @@ class WarmUp:
         self._grows, self._compiles = grows, compiles
         self._say = say
 
-    def shapes(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def shapes(self, rows: list[Row]) -> list[Row]:
         """Run every shape until it gets no faster, the largest first.
 
         The largest comes first so that the allocator never grows inside a timed region.
@@ -228,9 +228,9 @@ class WarmUp:
             survive(error)
         return visits
 
-    def _shape(self, row: Row, tokens: int, warm: Callable[[list[float]], bool]) -> dict[str, Any]:
+    def _shape(self, row: Row, tokens: int, warm: Callable[[list[float]], bool]) -> Row:
         times: list[float] = []
-        entry: dict[str, Any] = {"tokens": tokens, "error": None}
+        entry: Row = {"tokens": tokens, "error": None}
         try:
             prepared = self._prepare(row)
             entry["num_crops"] = prepared.counts.num_crops
