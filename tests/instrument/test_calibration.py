@@ -321,7 +321,7 @@ def test_verdict_of_a_noisy_machine_says_what_cannot_be_seen() -> None:
     [
         (100.0, 1.02, 1.04, "is met"),
         (600.0, 1.02, 1.04, "at most 1.01, is missed"),
-        (100.0, 1.02, 1.07, "cannot be said with 20 pairs: about 60 would give ± 0.3%"),
+        (100.0, 1.02, 1.07, "cannot be said with 20 pairs: about 60 for ± 0.3%"),
     ],
 )
 def test_verdict_on_overhead(mean: float, low: float, high: float, words: str) -> None:

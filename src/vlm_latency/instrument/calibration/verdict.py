@@ -38,12 +38,7 @@ def _noise(null: Mapping[str, Any]) -> str:
         f"{unseen:.1%} cannot be seen with {pairs} pairs"
     )
     if unseen > VISIBLE:
-        needed = null["pairs_needed"]
-        more = (
-            ""
-            if needed is None
-            else f" (about {_about(needed)} for ± {null['half_width_wanted']:.1%})"
-        )
+        more = f" ({_needed(null)})" if _needed(null) else ""
         said += f"; use more pairs{more} or a quieter machine"
     return said
 
@@ -58,16 +53,19 @@ def _overhead(overhead: Mapping[str, Any]) -> str:
         return f"{said}; the target, at most {target}, is met"
     if ratio["low"] > target:
         return f"{said}; the target, at most {target}, is missed"
-    needed = overhead["pairs_needed"]
+    more = f": {_needed(overhead)}" if _needed(overhead) else ""
     return (
         f"{said}; whether the target, at most {target}, is met cannot be said with "
-        f"{overhead['n_pairs']} pairs"
-        + (
-            ""
-            if needed is None
-            else f": about {_about(needed)} would give ± {overhead['half_width_wanted']:.1%}"
-        )
+        f"{overhead['n_pairs']} pairs{more}"
     )
+
+
+def _needed(comparison: Mapping[str, Any]) -> str:
+    """Say how many pairs would give the interval that was wanted, where that is known to be more."""
+    needed = comparison["pairs_needed"]
+    if needed is None or needed <= comparison["n_pairs"]:
+        return ""
+    return f"about {_about(needed)} for ± {comparison['half_width_wanted']:.1%}"
 
 
 def _truth(cases: Sequence[Mapping[str, Any]]) -> str:
