@@ -306,3 +306,12 @@ def test_parts_that_are_not_the_whole_are_told(
     table = add_costs(pd.DataFrame([vars(SHAPE)]), architecture, dtype="float32")
     assert table[["flops_total", "flops_total_counted", "bytes_total"]].isna().all(axis=None)
     assert "a whole forward costs" in table.costs_note[0]
+
+
+def test_verdicts(llava: Any, zoo_costs: Callable[[str], CostModel]) -> None:
+    from vlm_latency.costs import verdict
+
+    assert verdict(zoo_costs("tiny-gemma3").architecture).costs == "exact"
+    assert verdict(llava.architecture).reason == ""
+    unseen = verdict(Alone(llava.model))
+    assert (unseen.costs, unseen.reason[:28]) == ("partly", "no image could be prepared: ")

@@ -8,13 +8,16 @@ from vlm_latency.costs.hardware import Hardware, hardware, known_device
 from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.costs.table import add_costs
+from vlm_latency.costs.verdict import Verdict, verdict
 
 __all__ = [
     "PARTS",
     "CostModel",
     "Hardware",
     "RequestShape",
+    "Verdict",
     "add_costs",
     "hardware",
     "known_device",
+    "verdict",
 ]
