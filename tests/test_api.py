@@ -138,7 +138,7 @@ def test_what_is_slower_is_slower_by_so_much(requests):
 
 
 @pytest.mark.parametrize(
-    ("missing", "vision", "language"), [(0, 288, 31), (100, 188, 31), (300, 0, 19), (-7, 295, 31)]
+    ("missing", "vision", "language"), [(0, 288, 31), (100, 188, 31), (300, 0, 19)]
 )
 def test_vision_tokens_are_those_that_went_in(missing, vision, language):
     """Of the prompt's tokens, a model drops the image's first."""

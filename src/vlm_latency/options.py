@@ -15,6 +15,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -39,6 +40,17 @@ from vlm_latency.option_types import (
     asked,
 )
 
+
+def _quoted(value: Any) -> Any:
+    """Refuse a commit that was read as a number, which 12e4567 was: it is infinity."""
+    if isinstance(value, int | float):
+        raise ValueError(
+            "a commit that reads as a number must be quoted: --params \"model.revision='12e4567'\""
+        )
+    return value
+
+
+Revision = Annotated[str | None, BeforeValidator(_quoted)]
 Method = Literal["timeline", "subtraction", "hook"]
 Estimator = Literal["analytic", "counted", "parameter_rule"]
 
@@ -48,7 +60,7 @@ class ModelOptions(Group):
 
     name: str | None = None  # zoo name, hub id, local folder or file.py:function
     weights: Literal["auto", "pretrained", "random"] = "auto"
-    revision: str | None = None
+    revision: Revision = None
     zoo_file: str | None = None  # a user's own zoo, laid over the built-in one
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -62,6 +74,7 @@ class ModelOptions(Group):
     trust_remote_code: bool = False
     # CPU threads while measuring; None = one on a CPU, torch's default beside a GPU
     num_threads: Annotated[int, Field(ge=1)] | None = None
+
     null_sleep_ms: Annotated[float, Field(ge=0)] = 0.0  # null-model only: how long a run takes
 
 
@@ -86,7 +99,7 @@ class DatasetOptions(Group):
     path: str | None = None
     split: Literal["validation", "val", "train"] = "validation"
     hub_id: str = "lmms-lab/VQAv2"
-    revision: str | None = None
+    revision: Revision = None
     columns: ColumnNames = ColumnNames()
     questions_file: str | None = None  # source=folder: the CSV or JSONL
     seed: int = 0

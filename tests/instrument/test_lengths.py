@@ -30,7 +30,9 @@ class Planner:
         self, prompt_ms: float = 40.0, key_ms: float = 30.0, engine: str = "eager"
     ) -> None:
         self.options = ModelOptions(name="planner", engine=engine)
-        self.architecture = SimpleNamespace(image_tokens=lambda *_: self._counts(IMAGE_TOKENS))
+        self.architecture = SimpleNamespace(
+            image_tokens=lambda *_: self._counts(IMAGE_TOKENS), max_positions=None, name="fake"
+        )
         self.costs = {"prompt": prompt_ms, "key": key_ms}
         self.planned: set[tuple[str, int]] = set()
         self.calls: list[tuple[int, int]] = []

@@ -74,7 +74,7 @@ class Paper:
         self.closed = False
         self._times = times or (lambda: 5.0)
         self._shape = shape or (lambda *_: counts())
-        self.architecture = SimpleNamespace(image_tokens=self._shape)
+        self.architecture = SimpleNamespace(image_tokens=self._shape, max_positions=None)
 
     def meter(self, make: Any) -> Paper:
         return self
@@ -410,7 +410,7 @@ def test_real_models_are_measured_with_the_chosen_threads(llava: Any) -> None:
         return prepared
 
     vlm.options = ModelOptions(name="llava", num_threads=1)
-    vlm.architecture = SimpleNamespace(image_tokens=lambda *_: counts())
+    vlm.architecture = SimpleNamespace(image_tokens=lambda *_: counts(), max_positions=None)
     vlm.prepare, vlm.place = prepare, lambda prepared: prepared
     vlm.decode, vlm.count_tokens = str, len
     before = torch.get_num_threads()

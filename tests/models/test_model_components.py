@@ -158,6 +158,9 @@ def test_the_projector_is_what_makes_image_features(model_type, encoders, projec
     inside = {id(p) for path in projector for p in model.get_submodule(path).parameters()}
     own = {id(p): p.numel() for module in modules for p in module.parameters()}
     assert counts.params_vision_encoder == sum(n for key, n in own.items() if key not in inside)
+    if found.aside:  # what makes or hears something else is in the total only
+        parts = [model.get_submodule(path) for path in projector]
+        assert counts.params_projector == sum(p.numel() for m in parts for p in m.parameters())
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_folder_without_weights(tmp_path):
     vlm = load(ModelOptions(name="tiny-llava", device="cpu"))
     vlm.model.config.save_pretrained(tmp_path)
     vlm.preparer.processor.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"weights of .* do not load"):
+    with pytest.raises(ModelError, match="has no safetensors"):
         load(ModelOptions(name=str(tmp_path), device="cpu"))
 
 

@@ -38,8 +38,8 @@ def test_csv(root: Path) -> None:
     )
     source = read(root)
     table = source.table
-    assert table["question_id"].tolist() == [1, 2, 3]
-    assert table["image_id"].tolist() == [1, 2, 1]
+    assert table["question_id"].tolist() == ["1", "2", "3"]
+    assert table["image_id"].tolist() == ["1", "2", "1"]
     assert table["question"].tolist() == ["What, in one word?", "Two lines?", "Why?"]
     assert table["answer"].fillna("-").tolist() == ["red", "-", "because"]
     assert table["answers"].fillna("-").tolist() == ['["red"]', "-", '["because"]']
@@ -58,7 +58,7 @@ def test_jsonl_and_its_optional_columns(root: Path) -> None:
     text = "\n\n".join(json.dumps(row) for row in rows)
     (root / "q.jsonl").write_text(text, encoding="utf-8-sig")
     table = read(root).table
-    assert table["question_id"].tolist() == [70, 71, 72]
+    assert table["question_id"].tolist() == ["70", "71", "72"]
     assert table["answer"].tolist() == ["no", "x", "z"]
     assert [json.loads(answers) for answers in table["answers"]] == [
         ["oui", "no", "no"],
@@ -92,7 +92,11 @@ def test_which_table(root: Path) -> None:
         ("q.csv", 'image,question\na.jpg,"Why\n', "not valid CSV"),
         ("q.csv", "image,question\n../../x.jpg,Why?\n", r"line 2: image path '../../x.jpg' leads"),
         ("q.csv", "image,question\n/etc/passwd,Why?\n", "line 2: .* leads out"),
-        ("q.csv", "image,question,question_id\na.jpg,Why?,x\n", "line 2: \"question_id\" is 'x'"),
+        (
+            "q.jsonl",
+            '{"image": "a.jpg", "question": "Why?", "question_id": 1.5}',
+            "line 1: the id '1.5' is no name",
+        ),
         ("q.csv", "image,question,question_id\na.jpg,A?,5\na.jpg,B?,5\n", "5 comes twice"),
         ("q.csv", "image,question,answers\na.jpg,A?,[1\n", 'line 2: "answers" is not a JSON'),
         ("q.jsonl", '{"image": "a.jpg", "question": "A?"}\n{"image"\n', "line 2: not valid JSON"),
@@ -134,3 +138,22 @@ def test_fuzzed_tables_give_a_table_or_a_data_error(name: str, data: st.DataObje
             assert len(read(Path(folder)).table) >= 1
         except DataError as error:
             assert str(error).strip()
+
+
+def test_identifiers_are_names_and_answers_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text(
+        "image,question,question_id,answer\n"
+        "a.jpg,one?,01827492,[EXIT]\n"
+        'a.jpg,two?,1827492,"[""a"", 1]"\n'
+        "a.jpg,three?,1_23,null\n"
+        "a.jpg,four?,12_3,{question}\n"
+    )
+    table = open_source("mine", "folder", tmp_path).table
+    assert table["question_id"].tolist() == ["01827492", "1827492", "1_23", "12_3"]
+    answers = ["[EXIT]", '["a", 1]', "null", "{question}"]
+    assert table["answer"].tolist() == answers
+    assert [json.loads(each) for each in table["answers"]] == [[each] for each in answers]
+    drawn = draw_requests(
+        open_source("mine", "folder", tmp_path), Sampling(order="first"), "answer", "exp1"
+    )
+    assert drawn["request_id"].tolist() == [f"exp1-{name}" for name in table["question_id"]]

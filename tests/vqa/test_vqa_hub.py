@@ -55,7 +55,7 @@ def read(folder: Path, **kwargs: Any) -> QuestionSource:
 
 def test_index_and_images(tmp_path: Path) -> None:
     source = read(write(tmp_path / "data", columns()))
-    assert source.table["question_id"].tolist() == columns()["question_id"]
+    assert source.table["question_id"].tolist() == [str(n) for n in columns()["question_id"]]
     assert source.table["answer"].tolist() == ["yes"] * 10
     assert source.table["answers"].iloc[0] == '["no"' + ', "yes"' * 9 + "]"
     assert source.describe()["images"] == 5
@@ -64,8 +64,8 @@ def test_index_and_images(tmp_path: Path) -> None:
     requests = draw_requests(source, Sampling(3, one_question_per_image=True), "answer", "exp1")
     assert requests["image_id"].nunique() == 3
     for _, row in requests.iterrows():
-        assert image_bytes(row, source.root) == IMAGES[row.image_id]
-        assert row.image_width == 60 + row.image_id
+        assert image_bytes(row, source.root) == IMAGES[int(row.image_id)]
+        assert row.image_width == 60 + int(row.image_id)
         assert len(row.image_sha256) == 64
     assert sum(path.is_file() for path in (tmp_path / "cache").rglob("*")) == 3
     for position in range(10):
@@ -88,8 +88,8 @@ def test_small_datasets_with_other_columns(tmp_path: Path) -> None:
     data = {"frage": ["A?", "B?"] * 5, "bild": [IMAGES[0]] * 10, "antwort": [["x", "y", "y"]] * 10}
     names = {"question": "frage", "image": "bild", "answers": "antwort", "answer_type": None}
     source = read(write(tmp_path / "data", data), columns=names)
-    assert source.table["question_id"].tolist() == list(range(1, 11))
-    assert source.table["image_id"].tolist() == list(range(1, 11))
+    assert source.table["question_id"].tolist() == [str(n) for n in range(1, 11)]
+    assert source.table["image_id"].tolist() == [str(n) for n in range(1, 11)]
     assert source.table["answer"].tolist() == ["y"] * 10
     assert source.open_image(source.table.iloc[7]) == IMAGES[0]
 
@@ -124,9 +124,8 @@ def test_a_row_without_image_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question_id": ["x"] * 10}, "question_id' cannot serve as dataset.columns.question_id"),
+        ({"question_id": [0.5] * 10}, "question_id' cannot serve as dataset.columns.question_id"),
         ({"question_id": [3] * 10}, "question_id 3 comes twice"),
-        ({"question_id": [str(10**30 + i) for i in range(10)]}, "more than 63 bits"),
         ({"image_id": [None] * 10}, "cannot serve as dataset.columns.image_id"),
         ({"question": [None] * 10}, "cannot serve as dataset.columns.question"),
         ({"answers": [[3]] * 10}, "cannot serve as dataset.columns.answers"),
@@ -185,3 +184,14 @@ def test_refused_datasets(tmp_path: Path) -> None:
         read(tmp_path / "nowhere")
     with pytest.raises(DataError, match="cannot be opened"):  # the tests are offline
         open_source(source="hub", image_cache=tmp_path)
+
+
+def test_names_of_images_never_lead_out_of_the_cache(tmp_path: Path) -> None:
+    names = ["01", "1", "../../up", "a/b", "a b", "..", "1_2", "12_", "é", "x" * 150]
+    source = read(write(tmp_path / "data", columns(question_id=names, image_id=names)))
+    drawn = draw_requests(source, Sampling(order="first"), "none", "exp1")
+    assert drawn["image_id"].tolist() == names == drawn["question_id"].tolist()
+    assert drawn["image_path"].nunique() == 10
+    root = (tmp_path / "cache").resolve()
+    for path in drawn["image_path"]:
+        assert root in (root / path).resolve().parents

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +149,40 @@ def test_damaged_bytes_decode_or_are_data_errors(data: st.DataObject) -> None:
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(DataError):
         assert decode_image(bytes(damaged)).mode == "RGB"
+
+
+def _encoded_as(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight_by_their_share(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(4, 256)
+    pixels = np.asarray(decode_image(_encoded_as(Image.fromarray(ramp), kind)))
+    assert pixels.shape == (4, 256, 3)
+    assert abs(pixels.mean() - 127.5) < 0.1
+    assert len(np.unique(pixels)) == 256
+    assert (pixels[0, 0, 0], pixels[-1, -1, 0]) == (0, 255)
+
+
+def test_numbers_without_a_known_white_are_refused() -> None:
+    data = _encoded_as(
+        Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF"
+    )
+    with pytest.raises(DataError, match=r"from 0 to 1 \(mode F\), whose white is not known"):
+        decode_image(data)
+
+
+def test_other_kinds_of_pictures_have_their_colours() -> None:
+    red = decode_image(_encoded_as(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    assert np.abs(np.asarray(red)[0, 0].astype(int) - (254, 0, 0)).max() <= 3
+    palette = Image.new("P", (4, 2))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    shown = np.asarray(decode_image(_encoded_as(palette, "PNG", transparency=1)))
+    assert shown[0, 0].tolist() == [10, 20, 30] and shown[0, 1].tolist() == [40, 50, 60]
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    moving = _encoded_as(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode_image(moving))[0, 0].tolist() == [255, 0, 0]

@@ -26,7 +26,7 @@ def test_index(official: Any) -> None:
     assert {name: str(dtype) for name, dtype in table.dtypes.items()} == QUESTION_COLUMNS
     assert len(table) == 10
     row = table.iloc[3]
-    assert (row.question_id, row.image_id, row.question) == (2001, 2, "Is it 1?")
+    assert (row.question_id, row.image_id, row.question) == ("2001", "2", "Is it 1?")
     assert (row.question_type, row.answer_type, row.answer) == ("is it", "yes/no", "yes")
     assert json.loads(row.answers) == ["yes"] * 9 + ["no"]
     assert row.image_path == "val2014/COCO_val2014_000000000002.jpg"

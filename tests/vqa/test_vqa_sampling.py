@@ -73,12 +73,12 @@ def test_drawn_rows(files: QuestionSource, official: Any) -> None:
 
 def test_first_and_random(files: QuestionSource) -> None:
     first = draw_requests(files, Sampling(3, order="first"), "none", "exp1")
-    assert first["question_id"].tolist() == [1000, 1001, 2000]
+    assert first["question_id"].tolist() == ["1000", "1001", "2000"]
     spread = Sampling(3, order="first", one_question_per_image=True)
     assert draw_requests(files, spread, "none", "exp1")["question_id"].tolist() == [
-        1000,
-        2000,
-        3000,
+        "1000",
+        "2000",
+        "3000",
     ]
     drawn = [
         draw_requests(files, Sampling(10, seed=seed), "none", "exp1")["question_id"].tolist()
@@ -156,8 +156,8 @@ def test_missing_and_corrupt_images_fail_alone(official: Any, stratify_by_tiling
     messages = {1: "missing", 2: "cannot be decoded", 3: "cannot be decoded"}
     for image_id, message in messages.items():
         with pytest.raises(DataError, match=message):
-            load_image(requests.loc[image_id].iloc[0], source.root)
-    assert load_image(requests.loc[4].iloc[0], source.root).size == (80, 40)
+            load_image(requests.loc[str(image_id)].iloc[0], source.root)
+    assert load_image(requests.loc["4"].iloc[0], source.root).size == (80, 40)
 
 
 def test_vision_sweep_hits_every_grid_once() -> None:

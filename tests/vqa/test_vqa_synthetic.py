@@ -53,8 +53,8 @@ def test_shape_and_ids(source: QuestionSource, table: pd.DataFrame) -> None:
     assert table["image_id"].nunique() == 4000
     per_image = table.groupby("image_id").size()
     assert per_image.min() == 3
-    assert (table["question_id"] // 1000 == table["image_id"]).all()
-    assert table["question_id"].is_monotonic_increasing
+    assert (table["question_id"].astype(int) // 1000 == table["image_id"].astype(int)).all()
+    assert table["question_id"].astype(int).is_monotonic_increasing
     assert table.drop(columns="image_path").notna().all(axis=None)
 
 

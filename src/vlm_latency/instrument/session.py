@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.instrument.lengths import Met, prompt_of
 from vlm_latency.instrument.noise import GpuProbe, NoiseProbe, host_canary_ms
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
 from vlm_latency.models import thread_count
+from vlm_latency.models.requests import check_prompt
 from vlm_latency.options import MeasurementOptions
 from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS, Row
 
@@ -126,10 +127,8 @@ class Session:
             Shows what is being done.
         """
         start = time.perf_counter()
-        # An image that is missing or broken has no size: its request fails when it is run.
-        rows, planned = (
-            [row for row in some if row["image_width"] is not None] for some in (rows, planned)
-        )
+        # A request that cannot be prepared fails when it is run.
+        rows, planned = ([row for row in some if self._foreseen(row)] for some in (rows, planned))
         engine = self.vlm.options.engine
         length = None if self._grows else self._cache_length(planned)
 
@@ -194,6 +193,7 @@ class Session:
         preprocess_ms = (time.perf_counter() - start) * 1e3
         max_new_tokens, stop_at_eos = output_rule(request, self.options, self.vlm.count_tokens)
         counts = prepared.counts
+        self._check_positions(counts, max_new_tokens)
         self._meet(prepared, max_new_tokens, stop_at_eos)
         canary_ms = host_canary_ms()
         self._noise.start()
@@ -222,6 +222,16 @@ class Session:
             "kv_cache_bytes": reading.kv_cache_bytes,
             "generated_text": self.vlm.decode(reading.token_ids),
         }
+
+    def _check_positions(self, counts: TokenCounts, max_new_tokens: int) -> None:
+        """Refuse what the model has no positions for; the last token is not read again."""
+        positions = self.vlm.architecture.max_positions
+        needed = counts.num_total_tokens + max_new_tokens - 1
+        if positions and needed > positions:
+            raise MeasurementError(
+                f"a prompt of {counts.num_total_tokens} tokens and {max_new_tokens} new ones need "
+                f"{needed} positions, and {self.vlm.architecture.name} has {positions}"
+            )
 
     def _meet(self, prepared: Prepared, tokens: int, stop_at_eos: bool) -> None:
         """Run a request untimed whose lengths cost and were not foreseen while warming up."""
@@ -285,6 +295,20 @@ class Session:
         except DataError:
             return 1
 
+    def _foreseen(self, row: Row) -> bool:
+        """Whether a request can be warmed up for: not with an image that is broken or refused."""
+        if row["image_width"] is None:
+            return False
+        try:
+            check_prompt(self._prompt(row))
+            options = self.options
+            if not self._grows or options.warmup != "fixed" or options.lengths == "warm":
+                self._counts(row)
+        except Exception as error:  # every processor refuses in its own way
+            survive(error)
+            return False
+        return True
+
     def _counts(self, row: Row) -> TokenCounts:
         size = (row["image_width"], row["image_height"])
         if size not in self._image_tokens:
@@ -333,7 +357,21 @@ def _entered(counts: TokenCounts, prefill_length: int | None) -> dict[str, int]:
     """The tokens that went into the language model: a model may drop some of its prompt's.
 
     What is missing is taken from the vision tokens, and only then from the text.
+
+    Raises
+    ------
+    MeasurementError
+        When more positions than the prompt has went in, or the parts are not counts.
     """
+    if prefill_length is not None and prefill_length > counts.num_total_tokens:
+        raise MeasurementError(
+            f"the first forward read {prefill_length} positions and the prompt has "
+            f"{counts.num_total_tokens}; expected one forward per token: no draft model, prompt "
+            "lookup or learned prefix"
+        )
+    text = counts.num_total_tokens - counts.num_vision_tokens - counts.num_image_special_tokens
+    if min(counts.num_vision_tokens, counts.num_image_special_tokens, text) < 0:
+        raise MeasurementError(f"the tokens of the prompt do not add up: {counts}")
     total = counts.num_total_tokens if prefill_length is None else prefill_length
     vision = max(0, counts.num_vision_tokens + total - counts.num_total_tokens)
     return {

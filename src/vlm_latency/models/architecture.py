@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 
     from vlm_latency.options import ModelOptions
 
+MAX_LAYERS = 1_000
+_DEPTHS = (
+    "num_hidden_layers",
+    "num_layers",
+    "depth",
+    "n_layer",
+    "encoder_layers",
+    "decoder_layers",
+)
+
 
 class Architecture:
     """One model's architecture; everything but its name is worked out when first asked for.
@@ -125,9 +135,10 @@ class Architecture:
         return int(head.weight.shape[0])
 
     @property
-    def max_positions(self) -> int:
-        """Longest prompt and output together."""
-        return int(self._text.max_position_embeddings)
+    def max_positions(self) -> int | None:
+        """Longest prompt and output together; None where the configuration names no limit."""
+        found = getattr(self._text, "max_position_embeddings", None)
+        return int(found) if found else None
 
     @property
     def tiles(self) -> Tiles | None:
@@ -242,7 +253,8 @@ class Architecture:
         inputs: dict[str, torch.Tensor] = dict(blank.inputs)
         length = inputs["input_ids"].shape[1]
         wanted = counts.num_vision_tokens + counts.num_image_special_tokens + num_text_tokens
-        places = (inputs["input_ids"][0] == image_token_id(self.transformers_config)).nonzero()
+        token = image_token_id(self.transformers_config, self.preparer.processor)
+        places = (inputs["input_ids"][0] == token).nonzero()
         behind_image = int(places.max()) + 1
         if wanted < behind_image:
             raise ModelError(
@@ -371,6 +383,7 @@ def build_on_meta(
     import torch
     from transformers import AutoModelForImageTextToText
 
+    _check_depth(config)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
@@ -386,6 +399,20 @@ def build_on_meta(
             f"{attn_implementation} cannot be built: {_reason(error)}"
         ) from None
     return model.eval()
+
+
+def _check_depth(config: PreTrainedConfig) -> None:
+    """Refuse a configuration of more layers than any model has, before they are made one by one."""
+    from transformers import PreTrainedConfig
+
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _check_depth(value)
+        elif name in _DEPTHS and isinstance(value, int) and value > MAX_LAYERS:
+            raise ModelError(
+                f"the configuration of model_type {config.model_type!r} has {name}={value:,}; expected "
+                f"at most {MAX_LAYERS:,} layers"
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -415,8 +442,8 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
         family = load_zoo(options.zoo_file).families.get(str(keys.get("model_type")), Family())
         trust = options.trust_remote_code and not family.native
         return AutoConfig.from_pretrained(path, trust_remote_code=trust, **where)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no usable configuration at {path}: {error}") from None
+    except Exception as error:  # a file of any content, read by any family's code
+        raise ModelError(f"no usable configuration at {path}: {_reason(error)}") from None
 
 
 def _apply_options(config: PreTrainedConfig, options: ModelOptions) -> None:

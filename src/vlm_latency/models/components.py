@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_LISTS = ("projector", "image_projector", "more_encoders")
+_LISTS = ("projector", "image_projector", "more_encoders", "aside")
 _MERGERS = ("merger", "deepstack_merger_list", "merger_list", "connector")
 
 
@@ -72,6 +72,8 @@ class Components:
         The part of the projector behind its pooling, where the two are told apart (Molmo).
     more_encoders
         Further vision encoders that see the same image (DeepSeek-VL's hybrid: SigLIP and SAM).
+    aside
+        What an image and a text never run through: towers for audio or video, parts that make images.
     """
 
     vision_encoder: str
@@ -80,6 +82,7 @@ class Components:
     head: str
     image_projector: tuple[str, ...] = ()
     more_encoders: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
 
     def resolve(self, model: nn.Module) -> Modules:
         """The modules at these paths in `model`."""
@@ -188,8 +191,12 @@ def _by_rule(model: PreTrainedModel, paths: Mapping[int, str]) -> dict[str, Any]
         names = of_image - set(towers) or (set() if mergers else _used(base, "forward") - others)
         projector = [child for name, child in apart.items() if name in names] or mergers
         found["projector"] = tuple(paths[id(module)] for module in projector)
-        found["more_encoders"] = tuple(
-            paths[id(child)] for name, child in apart.items() if name in towers
+        found["more_encoders"] = tuple(paths[id(apart[name])] for name in apart if name in towers)
+        idle = others | (set(apart) - of_image - _used(base, "forward"))
+        found["aside"] = tuple(
+            paths[id(child)]
+            for name, child in apart.items()
+            if name in idle and name not in towers and child not in projector
         )
     return found
 
@@ -228,7 +235,8 @@ class Parameters:
     """Parameters of each component; tied ones count once.
 
     Embeddings, extra embedding rows and the head belong to the language model; pooling and padding
-    vectors to the projector, as do parameters that lie in no component.
+    vectors to the projector, as do parameters that lie in no component; those of `Components.aside`
+    are in the total only.
     """
 
     params_vision_encoder: int
@@ -257,7 +265,8 @@ def count_parameters(model: PreTrainedModel, components: Components) -> Paramete
     projector = ids(*parts.projector)
     vision = {key: n for key, n in ids(*parts.encoders).items() if key not in projector}
     llm = ids(parts.language_model, parts.head)
-    loose = set(everything) - set(vision) - set(llm) - set(projector)
+    aside = ids(*(model.get_submodule(path) for path in components.aside))
+    loose = set(everything) - set(vision) - set(llm) - set(projector) - set(aside)
     total, vision_total, llm_total = (sum(d.values()) for d in (everything, vision, llm))
     image_projector = ids(*(model.get_submodule(path) for path in components.image_projector))
 

@@ -68,7 +68,7 @@ class ModelArchitecture(Protocol):
     components, parameters
         Which module is which, and the parameters of each.
     max_positions
-        Longest prompt and output together.
+        Longest prompt and output together; None where the model has no limit.
     tiles, nominal_tiles
         Into which tiles an image is cut; None for a model that does not cut tiles, whose nominal
         tiles are the published Molmo's, so that models can be compared on the same images.
@@ -91,7 +91,7 @@ class ModelArchitecture(Protocol):
     def parameters(self) -> Parameters: ...
 
     @property
-    def max_positions(self) -> int: ...
+    def max_positions(self) -> int | None: ...
 
     @property
     def tiles(self) -> Tiles | None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from vlm_latency.errors import ModelError
 from vlm_latency.models.architecture import Architecture, build_on_meta, describe
 from vlm_latency.models.attention import check_backend
 from vlm_latency.models.random_weights import materialise
-from vlm_latency.models.requests import Prepared, Preparer, wrap_processor
+from vlm_latency.models.requests import Prepared, Preparer, check_prompt, wrap_processor
+from vlm_latency.models.weights import check_weights, few
 from vlm_latency.models.zoo import Family, load_zoo, weights_kind
 from vlm_latency.options import ModelOptions
 
@@ -28,6 +30,20 @@ _CACHE_TOKENS = 4096
 # Activations, workspace and the device's own context, as a share of the weights and in bytes.
 _MARGIN_SHARE = 0.05
 _MARGIN_BYTES = {"cuda": 2**30, "cpu": 2**28}
+
+
+# Settings of a generation configuration with which a token is more or less than one forward, or
+# the prompt more than one; and their neutral values besides None.
+_GENERATION: dict[str, tuple[Any, ...]] = {
+    "prompt_lookup_num_tokens": (),
+    "prefill_chunk_size": (),
+    "assistant_early_exit": (),
+    "use_mtp": (False,),
+    "penalty_alpha": (0, 0.0),
+    "dola_layers": (),
+    "guidance_scale": (1, 1.0),
+    "num_return_sequences": (1,),
+}
 
 
 class VLM:
@@ -58,6 +74,7 @@ class VLM:
         weights: str,
         revision: str | None = None,
     ) -> None:
+        _check_generation(model)
         self.model = model
         self.architecture = architecture
         self.components = architecture.components.resolve(model)
@@ -90,6 +107,17 @@ class VLM:
             From the user's prompt to the text with one image placeholder; by default the
             processor's chat template.
         """
+        wrapper: Any = model
+        peft = hasattr(wrapper, "get_base_model")
+        for config in wrapper.peft_config.values() if peft else ():
+            if getattr(config, "is_prompt_learning", False):
+                raise ModelError(
+                    f"{name or type(model).__name__} has a peft adapter of kind "
+                    f"{config.peft_type.value}, which puts positions before the prompt; expected one "
+                    "that changes modules, such as LORA"
+                )
+        if peft:  # adapters are in the modules of what peft wraps
+            model = wrapper.get_base_model()
         zoo = load_zoo()
         family = zoo.families.get(model.config.model_type, Family())
         architecture = Architecture(
@@ -122,9 +150,9 @@ class VLM:
         return self.preparer(image, prompt)
 
     def place(self, prepared: Prepared) -> Prepared:
-        """Copy the inputs to the device, pixels in the model's type, and wait for them."""
+        """Copy the inputs to the device, floating ones in the model's type, and wait for them."""
         inputs = {
-            name: value.to(self.device, self.dtype if name.startswith("pixel_values") else None)
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in prepared.inputs.items()
         }
         if self.device.type == "cuda":
@@ -142,6 +170,7 @@ class VLM:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself."""
+        check_prompt(text)
         return len(self.preparer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def meter(self, make: Callable[[Any], Meter]) -> Meter:
@@ -153,6 +182,24 @@ class VLM:
         before = torch.get_num_threads()
         torch.set_num_threads(count)
         return before
+
+
+def _check_generation(model: PreTrainedModel) -> None:
+    """Refuse a way of generating in which a token is not one forward.
+
+    Raises
+    ------
+    ModelError
+        Naming the setting.
+    """
+    config = getattr(model, "generation_config", None)
+    for name, neutral in _GENERATION.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            raise ModelError(
+                f"generation_config.{name}={value!r}: a token would not be one forward of the model, "
+                "which is what is measured; set it to None"
+            )
 
 
 def load(options: ModelOptions) -> VLM:
@@ -236,7 +283,7 @@ def check_fits(architecture: Architecture, options: ModelOptions) -> None:
     dtype = str(kind).removeprefix("torch.")
     architecture.meta_model(options.attn_implementation)
     weights = architecture.weight_bytes(dtype)
-    positions = min(architecture.max_positions, _CACHE_TOKENS)
+    positions = min(architecture.max_positions or _CACHE_TOKENS, _CACHE_TOKENS)
     cache = positions * architecture.kv_bytes_per_token(dtype)
     margin = round(weights * _MARGIN_SHARE) + _MARGIN_BYTES.get(device.type, 0)
     free = _free_bytes(device)
@@ -267,8 +314,10 @@ def _load_pretrained(
     from transformers import AutoModelForImageTextToText
 
     path = str(architecture.hub_id)
+    check_weights(Path(path))
+    loader: Any = AutoModelForImageTextToText
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        model, info = loader.from_pretrained(
             path,
             config=copy.deepcopy(architecture.transformers_config),
             revision=options.revision,
@@ -277,10 +326,27 @@ def _load_pretrained(
             attn_implementation=options.attn_implementation,
             trust_remote_code=architecture.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"the weights of {path} do not load: {error}") from error
-    return model.eval().requires_grad_(False)
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors', the hub's, and whatever a family's code raises
+        text = " ".join(str(error).split())
+        raise ModelError(
+            f"the weights of {path} do not load: {type(error).__name__}: {text[:500]}"
+        ) from error
+    absent = {name: sorted(map(str, info[name])) for name in ("missing_keys", "mismatched_keys")}
+    if any(absent.values()):
+        found = "; ".join(
+            f"{name.replace('_', ' ')} {few(each)}" for name, each in absent.items() if each
+        )
+        raise ModelError(
+            f"the weights of {path} are not those of its configuration: {found}. Layers without "
+            "weights would be random; check that config.json and the weights belong together and are "
+            "complete"
+        )
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
 
 
 def _shape_of(model: PreTrainedModel, attn_implementation: str) -> PreTrainedModel:

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.errors import ModelError
+from vlm_latency.errors import DataError, ModelError
 from vlm_latency.models.zoo import Family
 from vlm_latency.molmo.tiling import Tiles
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+
+# Characters of a prompt. The longest context there is (a million tokens or so) is never meant by a
+# question, and a tokenizer may take minutes over a text without spaces.
+MAX_PROMPT = 200_000
 
 
 @dataclass(frozen=True)
@@ -122,26 +127,60 @@ class Preparer:
         return found
 
     def __call__(self, image: Image.Image, prompt: str) -> Prepared:
-        """Prepare one request on the CPU."""
+        """Prepare one request on the CPU.
+
+        Raises
+        ------
+        DataError
+            When the prompt is too long or writes a mark that stands for an image, or the
+            processor refuses the image.
+        """
+        check_prompt(prompt)
         text = prompt if self.build_prompt is None else self.build_prompt(prompt)
-        batch = self.processor(images=image, text=text, return_tensors="pt")
-        inputs = dict(batch)
+        self._check_marks(text, prompt)
+        try:
+            inputs = dict(self.processor(images=image, text=text, return_tensors="pt"))
+        except MemoryError:
+            raise
+        except Exception as error:  # every processor refuses in its own way
+            raise DataError(
+                f"{type(self.processor).__name__} does not take this image of "
+                f"{image.width}×{image.height} pixels with its prompt: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
         size = image.size
         return Prepared(inputs, lambda: self._count(inputs, text, size))
+
+    @cached_property
+    def _marks(self) -> dict[str, int]:
+        """What stands for an image in a text, and how often a prompt has it without a question's."""
+        if self.build_prompt is None:
+            return {}
+        found = {self.image_mark, getattr(self.processor, "image_token", None)} - {None}
+        bare = self.build_prompt("")
+        return {str(mark): bare.count(str(mark)) for mark in found}
+
+    def _check_marks(self, text: str, prompt: str) -> None:
+        for mark, times in self._marks.items():
+            if text.count(mark) != times:
+                raise DataError(
+                    f"the prompt {prompt[:100]!r} writes {mark!r}, which stands for an image; leave it "
+                    "out"
+                )
 
     def _count(
         self, inputs: Mapping[str, torch.Tensor], text: str, size: tuple[int, int]
     ) -> TokenCounts:
         ids = inputs["input_ids"][0]
         total = len(ids)
-        vision = int((ids == image_token_id(self.config)).sum())
-        if self.build_prompt is None:
+        if "image_input_idx" in inputs:  # the processor says which positions carry a feature
+            places = inputs["image_input_idx"]
+            vision = int(places[places >= 0].unique().numel())
             of_text = self.processor(text=text)["input_ids"].shape[1]
         else:
-            first, *rest = text.split(self.image_mark)
-            of_text = len(self.tokenizer(first)["input_ids"]) + sum(
-                len(self.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rest
-            )
+            image = (ids == image_token_id(self.config, self.processor)).nonzero()[:, 0]
+            vision = len(image)
+            of_text = self._text_around(ids.tolist(), text, image.tolist())
         crops, patches = self._crops_and_patches(inputs["pixel_values"])
         rows = cols = None
         if self.tiles is not None:
@@ -155,6 +194,18 @@ class Preparer:
             num_image_special_tokens=total - vision - of_text,
             num_total_tokens=total,
         )
+
+    def _text_around(self, ids: list[int], text: str, image: list[int]) -> int:
+        """Tokens of the prompt before and behind the image that are those of the text alone.
+
+        A text by itself may have other tokens than in its place (a mark for its first word): only
+        tokens that are in the prompt are counted.
+        """
+        first, *rest = text.split(str(self.image_mark))
+        before = self.tokenizer(first)["input_ids"]
+        behind = self.tokenizer(rest[-1] if rest else "", add_special_tokens=False)["input_ids"]
+        start, end = (image[0], image[-1] + 1) if image else (len(ids), len(ids))
+        return _same(before, ids[:start]) + _same(behind[::-1], ids[end:][::-1])
 
     def _crops_and_patches(self, pixels: torch.Tensor) -> tuple[int, int]:
         """Pixels come as (…, channels, height, width) or as flattened patches (…, patches, values)."""
@@ -170,12 +221,34 @@ class Preparer:
         return shape[:-2].numel(), shape[:-1].numel()
 
 
-def image_token_id(config: Any) -> int:
+def check_prompt(prompt: str) -> None:
+    """Refuse a text that no tokenizer should be given.
+
+    Raises
+    ------
+    DataError
+        With its length.
+    """
+    if len(prompt) > MAX_PROMPT:
+        raise DataError(
+            f"the prompt has {len(prompt):,} characters, more than the {MAX_PROMPT:,} that are taken: "
+            f"{prompt[:50]!r}…; shorten the question"
+        )
+
+
+def _same(one: list[int], other: list[int]) -> int:
+    """How many values two lists have in common from their beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def image_token_id(config: Any, processor: Any = None) -> int:
     """The id at the positions that carry an image feature."""
-    for name in ("image_token_id", "image_token_index", "image_patch_id"):
-        found = getattr(config, name, None)
-        if isinstance(found, int):
-            return found
+    for holder in (config, processor):
+        for name in ("image_token_id", "image_token_index", "image_patch_id"):
+            found = getattr(holder, name, None)
+            if isinstance(found, int):
+                return found
     raise ModelError(
         f"the configuration of model_type {config.model_type!r} has no image_token_id: the "
         "positions of the image cannot be told from the text"
@@ -235,11 +308,11 @@ def pretrained_preparer(
             cls = _without_video(_from_transformers(known, config.model_type))
             backend = {} if is_torchvision_available() else {"backend": "pil"}
             processor = cls.from_pretrained(path, **backend, **where)
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # a file of any content, read by any family's code
         raise ModelError(
             f"the processor of {path} does not load; expected the files of its tokenizer "
             "(tokenizer.json) and image processor (preprocessor_config.json) beside config.json: "
-            f"{' '.join(str(error).split())}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from None
     return wrap_processor(processor, config, family)
 
@@ -259,12 +332,34 @@ def wrap_processor(
             f"{type(processor).__name__} names no image_token: where the image goes in the prompt "
             "is unknown"
         )
+    _complete(processor, config)
+    image_token_id(config, processor)  # refused now rather than at the first request
+    marks = [mark, getattr(processor, "image_token", None) or mark]
     if prompt_builder is None:
         chat = getattr(processor, "chat_template", None)
-        prompt_builder = _chat(processor) if chat else _template(family, mark)
+        prompt_builder = _chat(processor, marks, family) if chat else _template(family, mark)
     if mark not in prompt_builder("x"):
-        mark = processor.image_token
+        mark = marks[1]
     return Preparer(processor, config, prompt_builder, mark)
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """Give an old checkpoint's processor what its files lacked, from the model's configuration."""
+    vision = getattr(config, "vision_config", None)
+    if getattr(processor, "patch_size", 0) is None:
+        processor.patch_size = getattr(vision, "patch_size", None)
+        if getattr(processor, "num_additional_image_tokens", None) == 0:
+            has_class_token = "clip" in str(getattr(vision, "model_type", ""))
+            processor.num_additional_image_tokens = int(has_class_token)
+    if getattr(processor, "vision_feature_select_strategy", "") is None:
+        strategy = getattr(config, "vision_feature_select_strategy", None)
+        processor.vision_feature_select_strategy = strategy
+    for name in ("patch_size", "vision_feature_select_strategy"):
+        if getattr(processor, name, "") is None:
+            raise ModelError(
+                f"{type(processor).__name__} has no {name}, and neither has config.json; add it to "
+                "the processor's configuration (processor_config.json)"
+            )
 
 
 def _template(family: Family, mark: str | None = None) -> Callable[[str], str]:
@@ -273,20 +368,52 @@ def _template(family: Family, mark: str | None = None) -> Callable[[str], str]:
     return lambda prompt: before + prompt + after
 
 
-def _chat(processor: Any) -> Callable[[str], str]:
+def _chat(processor: Any, marks: list[str], family: Family) -> Callable[[str], str]:
+    """Write prompts by the processor's chat template.
+
+    A template that takes texts only is given the image's mark in the text; one that takes neither
+    is replaced by the family's published prompt.
+
+    Raises
+    ------
+    ModelError
+        When the template places no image, and the family's prompt is not known.
+    """
     bos = processor.tokenizer.bos_token
     doubled = bool(bos) and processor.tokenizer("")["input_ids"][:1] == [
         processor.tokenizer.bos_token_id
     ]
 
-    def build(prompt: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    def render(content: Any) -> str:
         text: str = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         return text.removeprefix(bos) if doubled else text
 
-    return build
+    ways: list[Callable[[str], str]] = [
+        lambda prompt: render([{"type": "image"}, {"type": "text", "text": prompt}]),
+        lambda prompt: render(f"{marks[0]}\n{prompt}"),
+    ]
+    reason = "the image's mark or the question is not in what it writes"
+    for way in ways:
+        try:
+            found = way(_PROBE)
+        except Exception as error:  # jinja's, and whatever a template raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        printed = "{'type'" in found or '{"type"' in found
+        if found.count(_PROBE) == 1 and any(found.count(m) == 1 for m in marks) and not printed:
+            return way
+    if family.image and family.prompt:
+        return _template(family)
+    raise ModelError(
+        f"the chat template of {type(processor).__name__} cannot place an image ({reason}); give a "
+        "template that takes a list of an image and a text, or a prompt for the family in a zoo file "
+        "(model.zoo_file)"
+    )
+
+
+_PROBE = "where is the image"
 
 
 def _family_tokenizer(family: Family, config: Any) -> Any:

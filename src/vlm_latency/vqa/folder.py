@@ -10,7 +10,7 @@ from typing import Any
 
 from vlm_latency.errors import DataError
 from vlm_latency.vqa.images import check_relative
-from vlm_latency.vqa.source import QuestionSource, majority, question_table
+from vlm_latency.vqa.source import QuestionSource, identifier, majority, question_table
 
 _TABLES = (".csv", ".jsonl")
 _LAYOUT = (
@@ -25,8 +25,8 @@ def open_folder(
     """Index the questions of a folder without opening an image.
 
     The table's columns: ``image`` (a path inside the folder) and ``question``; optionally
-    ``question_id`` (an integer; else the row's number, from 1), ``answers`` (a list; in CSV a JSON
-    list) or ``answer``, ``question_type``, ``answer_type``. Images are numbered in the order in
+    ``question_id`` (a name; else the row's number, from 1), ``answers`` (a list; in CSV a JSON
+    list) or ``answer`` (a text, whatever it begins with), ``question_type``, ``answer_type``. Images are numbered in the order in
     which they first appear. The split is the user's own business and only recorded.
 
     Raises
@@ -46,7 +46,7 @@ def open_folder(
             raise DataError(f"{path}, line {line}: {error}") from error
         row["image_id"] = image_ids.setdefault(row["image_path"], len(image_ids) + 1)
         if row["question_id"] is None:
-            row["question_id"] = len(rows) + 1
+            row["question_id"] = str(len(rows) + 1)
         rows.append(row)
     columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ["question_id"])}
     table = question_table(columns, path)
@@ -116,7 +116,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     check_relative(record["image"])
     answers = _answers(record)
     return {
-        "question_id": _question_id(record.get("question_id")),
+        "question_id": identifier(record.get("question_id")),
         "image_id": None,
         "question": record["question"],
         "question_type": record.get("question_type"),
@@ -127,18 +127,11 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _question_id(value: Any) -> int | None:
-    if value is None:
-        return None
-    text = str(value)
-    if not (text.isascii() and text.isdecimal() and len(text) < 19):
-        raise DataError(f'"question_id" is {text[:50]!r}; expected an integer ≥ 0')
-    return int(text)
-
-
 def _answers(record: dict[str, Any]) -> list[str]:
-    answers = record.get("answers", record.get("answer", []))
-    if isinstance(answers, str) and answers.startswith("["):
+    answers = record.get("answers")
+    if answers is None:
+        answers = [record["answer"]] if "answer" in record else []
+    elif isinstance(answers, str) and answers.startswith("["):
         try:
             answers = json.loads(answers)
         except (ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
-from vlm_latency.vqa.source import QuestionSource, majority, question_table
+from vlm_latency.vqa.source import QuestionSource, identifier, majority, question_table
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -176,7 +176,7 @@ def _read_texts(
         for key, column in wanted.items():
             try:
                 values = [_value(key, value) for value in batch.column(column).to_pylist()]
-            except (TypeError, ValueError, KeyError) as error:
+            except (TypeError, ValueError, KeyError, DataError) as error:
                 raise DataError(
                     f"{file}: column {column!r} cannot serve as dataset.columns.{key}: {error}"
                 ) from error
@@ -188,7 +188,9 @@ def _value(key: str, value: Any) -> Any:
         answers = _answer_list(value)
         return None if answers is None else json.dumps(answers, ensure_ascii=False)
     if key in ("question_id", "image_id"):
-        return int(value)
+        if value is None:
+            raise TypeError("an id is missing")
+        return identifier(value)
     if not isinstance(value, str) and (value is not None or key == "question"):
         raise TypeError(f"{str(value)[:50]!r} is not a text")
     return value
@@ -211,7 +213,7 @@ def _fetch(
     rows: pd.DataFrame, groups: list[_RowGroup], column: str, root: Path, folder: str
 ) -> pd.DataFrame:
     """Keep the rows' images under ``root`` (once per image id) and name them in ``image_path``."""
-    paths = folder + "/" + rows["image_id"].astype("string")
+    paths = folder + "/" + rows["image_id"].map(_file_name)
     wanted = pd.DataFrame({"path": paths, "position": rows.index}).drop_duplicates("path")
     wanted = wanted[[not (root / path).exists() for path in wanted["path"]]]
     if len(wanted):
@@ -225,6 +227,13 @@ def _fetch(
             targets = {place: root / path for place, path in zip(places, here["path"], strict=True)}
             _keep(groups[number], column, targets)
     return rows.assign(image_path=paths)
+
+
+def _file_name(image_id: str) -> str:
+    """A file's name for an image: its own where that is one, a hash where it could lead elsewhere."""
+    if re.fullmatch(r"[\w-][\w.-]{0,99}", image_id, re.ASCII):
+        return image_id
+    return f"sha256-{hashlib.sha256(image_id.encode()).hexdigest()}"
 
 
 def _keep(group: _RowGroup, column: str, targets: dict[int, Path]) -> None:

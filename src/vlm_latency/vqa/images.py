@@ -69,14 +69,32 @@ def check_relative(path: str) -> None:
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image into an RGB image (orientation tags are not applied).
 
+    Sixteen bits become eight by their share of the whole range; of several pictures in one file the
+    first is taken; what is transparent keeps its colour, as the models' own processors do.
+
     Raises
     ------
     DataError
-        When the bytes are truncated, corrupt, of an unknown format, or hold more pixels than
-        Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``).
+        When the bytes are truncated, corrupt, of an unknown format, hold more pixels than
+        Pillow's limit (``PIL.Image.MAX_IMAGE_PIXELS``), or numbers without a known range.
     """
     with _opened(data) as image:
-        return image.convert("RGB")
+        return _eight_bits(image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of at most eight bits a channel."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"its values are numbers from {values.min():g} to {values.max():g} (mode {image.mode}), "
+                "whose white is not known; save it with 8 or 16 bits a channel"
+            )
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
+    return image
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:

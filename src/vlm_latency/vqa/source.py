@@ -14,9 +14,10 @@ import pandas as pd
 from vlm_latency.errors import DataError
 from vlm_latency.vqa.images import image_bytes
 
+MAX_NAME = 200  # characters of an id
 QUESTION_COLUMNS: dict[str, Any] = {
-    "question_id": "Int64",
-    "image_id": "Int64",
+    "question_id": "string",
+    "image_id": "string",
     "question": "string",
     "question_type": "string",
     "answer_type": "string",
@@ -162,6 +163,24 @@ def open_source(
     from vlm_latency.vqa import folder
 
     return folder.open_folder(name, split, root, questions_file)
+
+
+def identifier(value: Any) -> str | None:
+    """Give the name that a question or an image has: a text as it is, an integer by its digits.
+
+    >>> identifier("01827492"), identifier(1827492), identifier("1_23")
+    ('01827492', '1827492', '1_23')
+
+    Raises
+    ------
+    DataError
+        For anything else, which has more than one way of being written.
+    """
+    if value is None or (isinstance(value, str) and value and len(value) <= MAX_NAME):
+        return value
+    if type(value) is not int:
+        raise DataError(f"the id {str(value)[:50]!r} is no name; expected a text or an integer")
+    return str(value)
 
 
 def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFrame:

@@ -173,6 +173,8 @@ def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> l
     """
     renamed = table.reset_index().rename(columns={old: new for new, old in (columns or {}).items()})
     shown = renamed.astype(object)
+    for name in {"question_id", "image_id", *(columns or {})} & set(shown):
+        shown[name] = [_as_the_seed_writes_it(value) for value in shown[name]]
     rows: list[Any] = shown.where(shown.notna(), None).to_dict("records")
     return rows
 
@@ -181,6 +183,12 @@ def with_cost_notes(coverage: dict[str, Any], records: pd.DataFrame) -> dict[str
     """Add to what is said of the runs why costs are null or not to be trusted."""
     notes = records["costs_note"].dropna().unique().tolist() if "costs_note" in records else []
     return {**coverage, "costs": notes} if notes else coverage
+
+
+def _as_the_seed_writes_it(name: Any) -> Any:
+    """A name that is an integer's own digits as that integer, as VQA v2 has it; others as they are."""
+    plain = isinstance(name, str) and name.isascii() and name.isdecimal()
+    return int(name) if plain and str(int(name)) == name else name
 
 
 def frame(
