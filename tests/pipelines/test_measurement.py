@@ -170,7 +170,7 @@ def test_a_broken_image_costs_only_its_own_request(
     generous = {"measurement__max_failures": 0.5}
     table, coverage = measured(**generous)
     failed = table[table["status"] == "failed"]
-    assert failed["question_id"].tolist() == [3, 3]
+    assert failed["question_id"].tolist() == ["3", "3"]
     assert failed["T_total"].isna().all()
     assert len(table) == 24
     assert (coverage["measured"], coverage["failed"], coverage["missing"]) == (22, 2, 0)

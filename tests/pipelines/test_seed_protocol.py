@@ -86,7 +86,7 @@ def test_exp1_takes_the_first_questions_and_prefill_only(root: Path) -> None:
     rows = records(root, "exp1").sort_values("order_index")
     requests = pd.read_parquet(root / "exp1" / "exp1_requests.parquet")
     assert rows["request_id"].tolist() == requests["request_id"].tolist()
-    assert requests["image_id"].is_monotonic_increasing
+    assert requests["image_id"].astype(int).is_monotonic_increasing
     assert (rows["num_output_tokens"] == 1).all()
     assert (rows["output_length"] == "none").all()
 
