@@ -69,7 +69,7 @@ def test_a_result_has_busy_idle_and_bound_of_each_component(folder: Path) -> Non
     assert len(result["results"]) == 2
     assert result["components"] == result["results"][0]["components"]
     for entry in result["results"]:
-        assert entry["attributed"] >= 0.99
+        assert entry["attributed"] > 0.9  # an operator after the request may be interrupted
         assert list(entry["components"]) == list(COMPONENTS)
         for name, about in entry["components"].items():
             wall = about["wall"]["value"]
@@ -88,7 +88,8 @@ def test_a_result_has_busy_idle_and_bound_of_each_component(folder: Path) -> Non
     for entry in result["results"]:
         own = runs[runs["request_id"] == entry["request_id"]]
         for name in COMPONENTS:
-            assert entry["components"][name]["wall"]["value"] == own[name].median()
+            wall = entry["components"][name]["wall"]["value"]
+            assert wall == pytest.approx(own[name].median())
     assert ids == ["explain-336x336", "explain-448x336"]
 
 
