@@ -71,7 +71,7 @@ def folder(tmp_path):
             "failures": {"out of memory": 1},
         },
         "claims": [
-            st.prefill_grows_claim(st.Estimate(**slope)).to_dict(),
+            {**st.prefill_grows_claim(st.Estimate(**slope)).to_dict(), "note": "judged on a toy"},
             st.vision_sublinear_claim(None).to_dict(),
         ],
     }

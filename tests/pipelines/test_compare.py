@@ -16,13 +16,14 @@ import made_up as m
 
 from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.options import Options
-from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower
+from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower, side_by_side
+from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.results import FILES, read_run
 from vlm_latency.statistics import plain
 
 
 def compare(*folders: Path, **options: Any) -> dict[str, Any]:
-    result, tables, figure = compare_runs(
+    result, tables, figure, _ = compare_runs(
         Options.from_parameters({"compare": options}), [read_run(folder) for folder in folders]
     )
     assert len(tables["compare"])
@@ -157,3 +158,14 @@ def test_runs_without_a_common_experiment_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no results in"):
         read_run(tmp_path)
+
+
+def test_what_runs_share_is_drawn_side_by_side(tmp_path: Path) -> None:
+    folders = [m.write_run(tmp_path / name, scale) for name, scale in (("a", 1), ("b", 2))]
+    runs = [read_run(folder) for folder in folders]
+    drawn = side_by_side(runs, FigureContext(), Style())
+    assert set(drawn) == {"compare_vision_tokens"}  # exp2 is in neither
+    texts = [text.get_text() for text in drawn["compare_vision_tokens"].axes[0].get_legend().texts]
+    assert texts[0].startswith("a (n = 50): ")
+    assert texts[1].startswith("b (n = 50): ")
+    assert side_by_side(runs[:1], FigureContext(), Style()) == {}

@@ -21,6 +21,7 @@ from vlm_latency.plots import (
 )
 from vlm_latency.plots.notation import interval
 from vlm_latency.plots.style import COLOURS, FigureContext, Style
+from vlm_latency.records import COMPONENTS
 from vlm_latency.statistics import TableComparison
 
 
@@ -497,6 +498,8 @@ class TestSeveralResults:
         heights = [bar.get_height() for bar in axes.patches if bar.get_height() > 0]
         assert sum(heights[:5]) == pytest.approx(means["T_total"].value)
         assert heights[5] == pytest.approx(means["T_total"].value)  # not separable: one piece
+        keys = {to_hex(bar.get_facecolor()) for bar in axes.get_legend().get_patches()}
+        assert keys == {COLOURS[name].lower() for name in COMPONENTS}
 
 
 def test_long_titles_wrap_between_words_and_not_before_units(made):

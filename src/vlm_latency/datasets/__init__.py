@@ -10,7 +10,7 @@ from vlm_latency.datasets.inputs import (
     RunFolders,
     VQADataset,
 )
-from vlm_latency.datasets.outputs import FigureFile, HTMLPage, TableFolder
+from vlm_latency.datasets.outputs import FigureFile, FigureFolder, HTMLPage, TableFolder
 from vlm_latency.datasets.record_log import RecordLog
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CompressedJSON",
     "EarlierResult",
     "FigureFile",
+    "FigureFolder",
     "GivenRequests",
     "HTMLPage",
     "ModelDataset",

@@ -51,6 +51,31 @@ class FigureFile(FileDataset):
         return ImagePreview(base64.b64encode(self.load()).decode())
 
 
+class FigureFolder(FileDataset):
+    """Figures by name in one folder, where which ones there are depends on the data.
+
+    Parameters
+    ----------
+    filepath
+        The folder.
+    dpi
+        As of `FigureFile`.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, dpi: int = 300, metadata: dict[str, Any] | None = None):
+        super().__init__(filepath=filepath, metadata=metadata)
+        self._dpi = dpi
+
+    def load(self) -> NoReturn:
+        raise NotImplementedError("figures are drawn for people; read the records or the result")
+
+    def save(self, data: Mapping[str, Figure]) -> None:
+        for name, figure in data.items():
+            FigureFile(filepath=str(self._path / f"{name}.png"), dpi=self._dpi).save(figure)
+
+
 class TableFolder(FileDataset):
     """Tables by name, each as CSV and as booktabs LaTeX in one folder.
 

@@ -153,14 +153,15 @@ def stacks(
         )
         for panel in axes.values():
             headline(panel, "Mean latency per component")
-            for name in COMPONENTS:
-                panel.bar([], [], color=COLOURS[name], label=LABELS[name])
+            told: set[str] = set()
             for i, means in enumerate(results.values()):
                 bottom = 0.0
                 for name in COMPONENTS:
                     value = ends(means.get(name))[0]
                     if value > 0:
-                        panel.bar(i, value, 0.7, bottom=bottom, color=COLOURS[name])
+                        label = "_" if name in told else LABELS[name]
+                        told.add(name)
+                        panel.bar(i, value, 0.7, bottom=bottom, color=COLOURS[name], label=label)
                         bottom += value
                 total = ends(means.get("T_total"))[0]
                 if not bottom and total > 0:
@@ -177,7 +178,7 @@ def stacks(
             panel.grid(axis="x", visible=False)
             panel.set_ylabel("mean latency (ms)")
             panel.margins(y=0.15)
-            legend(panel)
+            legend(panel, reverse=True)
     return figure
 
 

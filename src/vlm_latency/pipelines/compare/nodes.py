@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.options import CompareOptions, Options
+from vlm_latency.pipelines.reporting import common
 from vlm_latency.pipelines.reporting.common import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import Run
@@ -15,21 +17,23 @@ from vlm_latency.results import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.statistics import TableComparison
+    from vlm_latency.plots.style import FigureContext, Style
+    from vlm_latency.statistics import BandedFit, TableComparison
 
 COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
 
 def compare_runs(
     settings: Options, runs: list[Run]
-) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure]:
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, dict[str, Figure]]:
     """Compare each run with the first one, experiment by experiment.
 
     Returns
     -------
-    result, tables, figure
+    result, tables, figure, side_by_side
         Verdicts per experiment and component, the baseline's environment and what differs from it,
-        what could not be compared and why; and a forest plot of the ratios.
+        what could not be compared and why; a forest plot of the ratios; and where runs share them,
+        the components of exp2 side by side and the vision tokens of exp3 in one panel.
 
     Raises
     ------
@@ -84,7 +88,39 @@ def compare_runs(
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
     figure = ratios(comparisons, baseline.name, settings.compare.margin, context, style)
-    return result, {"compare": _table(comparisons)}, figure
+    return (
+        result,
+        {"compare": _table(comparisons)},
+        figure,
+        side_by_side(runs, context, style),
+    )
+
+
+def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[str, Figure]:
+    """Draw what several runs share in one figure each: models, devices, engines."""
+    from vlm_latency.plots.composition import stacks
+    from vlm_latency.plots.vision_sweep import overlaid
+
+    drawn = {}
+    shared = {name: [run for run in runs if name in run.tables] for name in ("exp2", "exp3")}
+    if len(shared["exp2"]) > 1:
+        about = {run.name: common.means(run.tables["exp2"]) for run in shared["exp2"]}
+        told = replace(context, finding="Mean latency of a request (exp2) by component")
+        drawn["compare_components"] = stacks(about, told, style)
+    axis = f"num_vision_{style.vision_axis}"
+    swept = {run.name: run.tables["exp3"] for run in shared["exp3"] if axis in run.tables["exp3"]}
+    if len(swept) > 1:
+        lines = {
+            name: (rows, _line(rows[rows[axis].notna()], axis)) for name, rows in swept.items()
+        }
+        told = replace(context, finding=f"Latency against vision {style.vision_axis} (exp3)")
+        drawn["compare_vision_tokens"] = overlaid(lines, "T_total", told, style)
+    return drawn
+
+
+def _line(rows: pd.DataFrame, axis: str) -> BandedFit | None:
+    lines = common.fits(rows, axis, ["T_total"], rows["request_id"], [])
+    return common.banded(lines, rows[axis]).get("T_total")
 
 
 def fail_if_slower(settings: Options, result: dict[str, Any], page: str) -> bool:

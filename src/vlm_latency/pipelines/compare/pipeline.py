@@ -12,7 +12,7 @@ def create_pipeline() -> Pipeline:
             node(
                 nodes.compare_runs,
                 inputs=["settings", "runs"],
-                outputs=["result", "tables", "figure_compare"],
+                outputs=["result", "tables", "figure_compare", "side_by_side"],
                 name="compare_runs",
             )
         ]

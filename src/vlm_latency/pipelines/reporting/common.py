@@ -349,6 +349,8 @@ def shares(rows: pd.DataFrame, names: Sequence[str] = COMPONENTS) -> dict[str, E
 
 def clusters(rows: pd.DataFrame) -> pd.Series:
     """Say which runs are alike: those of one image; one without an image stands for itself."""
+    if "image_id" not in rows:  # such as entries of the seed study's files
+        return rows["request_id"]
     return rows["image_id"].astype("string").fillna(rows["request_id"])
 
 
