@@ -80,7 +80,22 @@ def test_leaving_out_clusters_by_hand() -> None:
     without = [linear_fit(x[image != i], y[image != i]).slope.value for i in range(6)]
     # CR3 is the jackknife about the full fit
     error = np.sqrt(((np.array(without) - fit.slope.value) ** 2).sum())
-    assert fit.slope.high - fit.slope.value == pytest.approx(scipy.stats.t.ppf(0.975, 4) * error)
+    slope = np.array([0.0, 1.0])
+    assert fit.slope.high - fit.slope.value == pytest.approx(fit.solution.t(slope) * error)
+    # Satterthwaite's degrees of freedom by the n × n matrices that they stand for
+    X = np.column_stack([np.ones_like(x), x])
+    inverse = np.linalg.inv(X.T @ X)
+    keep = np.eye(x.size) - X @ inverse @ X.T
+    g = [
+        keep[:, image == i]
+        @ np.linalg.solve(keep[np.ix_(image == i, image == i)], own)
+        @ inverse[1]
+        for i in range(6)
+        for own in [X[image == i]]
+    ]
+    F = np.array(g) @ np.array(g).T
+    freedom = np.sqrt(4 * np.trace(F) ** 2 / (F**2).sum())
+    assert fit.solution.t(slope) == pytest.approx(scipy.stats.t.ppf(0.975, freedom))
 
 
 def test_a_cluster_that_alone_fixes_the_slope_leaves_no_interval() -> None:

@@ -295,6 +295,7 @@ class Solution:
     beta: Floats
     covariance: Floats | None
     freedom: int
+    leverage: tuple[Floats, Floats] | None
     r_squared: float | None
     n: int
     method: str
@@ -310,7 +311,7 @@ class Solution:
         if self.covariance is None:
             return np.full_like(value, np.nan), np.full_like(value, np.nan)
         variance = np.einsum("ij,jk,ik->i", design, self.covariance, design)
-        half = self.t() * np.sqrt(variance.clip(0))
+        half = np.array([self.t(row) for row in design]) * np.sqrt(variance.clip(0))
         return value - half, value + half
 
     def coefficients(self) -> list[Estimate]:
@@ -328,13 +329,31 @@ class Solution:
                 note = "no interval: one cluster alone fixes a coefficient"
             return Estimate(value, None, None, self.level, self.n, "none", note)
         variance = float(gradient @ self.covariance @ gradient)
-        half = self.t() * math.sqrt(max(variance, 0.0))
+        half = self.t(gradient) * math.sqrt(max(variance, 0.0))
         note = "" if half else "every point lies on the fit"
         return Estimate(value, value - half, value + half, self.level, self.n, self.method, note)
 
-    def t(self) -> float:
-        """Return Student's quantile of the level."""
-        return float(scipy.stats.t.ppf((1 + self.level) / 2, self.freedom))
+    def t(self, gradient: Floats) -> float:
+        """Return Student's quantile for a function of the coefficients.
+
+        Where few of the clusters tell a coefficient, clusters − k degrees of freedom are too many
+        for CR3 (92 % in place of 95), and Satterthwaite's (Bell and McCaffrey 2002), made for the
+        shorter CR2, too few (99.9 %): their geometric mean holds.
+        """
+        freedom = float(self.freedom)
+        if self.leverage is not None:
+            products, root = self.leverage
+            left_out = np.eye(len(root)) - products
+            weights = np.linalg.solve(
+                left_out, np.broadcast_to(root.T @ gradient, products.shape[:2])[..., None]
+            )
+            moved = (products @ weights)[..., 0]
+            own, drawn = (weights[..., 0] * moved).sum(axis=1), (moved**2).sum(axis=1)
+            cross = moved.T @ moved
+            squares = (own**2).sum() - 2 * (own * drawn).sum() + (cross**2).sum()
+            if squares > 0:
+                freedom = math.sqrt(freedom * max(1.0, float((own - drawn).sum() ** 2 / squares)))
+        return float(scipy.stats.t.ppf((1 + self.level) / 2, freedom))
 
 
 def _exp(x: float | None) -> float | None:
@@ -366,15 +385,18 @@ def _solve(
     beta[np.abs(beta) <= EXACT * largest] = 0
     spread = ((y - y.mean()) ** 2).sum()
     flat = spread <= (EXACT * largest) ** 2 * n
-    covariance, method = None, "least squares"
+    covariance, method, leverage = None, "least squares", None
     if groups > k:
-        covariance, method = _covariance(Z, residual, inverse, codes, groups)
+        covariance, method, leverage = _covariance(Z, residual, inverse, codes, groups)
     if covariance is not None:
         covariance = covariance / np.outer(scale, scale)
+    if leverage is not None:
+        leverage = leverage[0], leverage[1] / scale[:, None]
     return Solution(
         beta=beta / scale,
         covariance=covariance,
         freedom=groups - k,
+        leverage=leverage,
         r_squared=None if flat else float(1 - (residual**2).sum() / spread),
         n=n,
         method=method,
@@ -384,8 +406,11 @@ def _solve(
 
 def _covariance(
     Z: Floats, residual: Floats, inverse: Floats, codes: NDArray[np.int64], groups: int
-) -> tuple[Floats | None, str]:
-    """Return the covariance; None where one cluster alone fixes a coefficient."""
+) -> tuple[Floats | None, str, tuple[Floats, Floats] | None]:
+    """Return the covariance, its name, and what Satterthwaite's degrees of freedom need.
+
+    The covariance is None where one cluster alone fixes a coefficient.
+    """
     n, k = Z.shape
     if groups < n:
         # Leaving out a cluster needs only its k × k products, whatever the number of its rows.
@@ -399,12 +424,13 @@ def _covariance(
         )
         left_out = np.eye(k) - products
         if np.linalg.eigvalsh(left_out).min() < 1e-9:
-            return None, "none"
+            return None, "none", None
         scores = np.linalg.solve(left_out, scores[..., None])[..., 0] @ root.T
-        return np.asarray(scores.T @ scores), f"least squares, CR3 over {groups} clusters"
+        method = f"least squares, CR3 over {groups} clusters"
+        return np.asarray(scores.T @ scores), method, (np.asarray(products), np.asarray(root))
     free = 1 - np.einsum("ij,jk,ik->i", Z, inverse, Z)
     if free.min() < 1e-9:  # a point that alone fixes a coefficient has no residual to judge by
         equal = (residual**2).sum() / (n - k) * inverse
-        return equal, "least squares, equal noise (one point fixes a coefficient)"
+        return equal, "least squares, equal noise (one point fixes a coefficient)", None
     scores = Z * (residual / free)[:, None]
-    return inverse @ (scores.T @ scores) @ inverse, "least squares, HC3"
+    return inverse @ (scores.T @ scores) @ inverse, "least squares, HC3", None

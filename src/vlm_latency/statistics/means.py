@@ -8,8 +8,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, as_codes, as_pairs, as_values
 
-# One value that makes more than half of the squared deviations carries the interval by itself.
-CARRIES = 0.5
+# One value that makes more than half of the squared deviations (of fewer than 20 values: three
+# quarters, which few normal samples reach) carries the interval by itself.
+CARRIES, FEW = (0.75, 0.5), 20
+
+
+def carried(squares: Floats) -> bool:
+    """Whether one of the squared deviations makes most of their sum; never below 5."""
+    limit = CARRIES[squares.size >= FEW]
+    return squares.size >= 5 and bool(squares.max() > limit * squares.sum())
 
 
 def mean_estimate(
@@ -28,8 +35,9 @@ def mean_estimate(
     Returns
     -------
     Estimate
-        `note` warns where one value (or image) makes more than half of the variance: of heavy
-        tails and rare modes few values know nothing, and the interval may be too narrow. Without
+        `note` warns where one value (or image) makes more than half of the variance (of fewer
+        than 20: three quarters): of heavy tails and rare modes few values know nothing, and the
+        interval may be too narrow. Without
         variation the interval is the value itself. One cluster gives no interval.
 
     Raises
@@ -133,11 +141,10 @@ def _estimate(
     t = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1))
     deviation = _sums(a - value * b, codes)
     squares = deviation**2
-    carries = groups >= 5 and squares.max() > CARRIES * squares.sum()
     note = (
         f"one of the {groups} {unit} makes {squares.max() / squares.sum():.0%} of the variance: "
         "the interval may be too narrow"
-        if carries
+        if carried(squares)
         else ""
     )
     over = f" over {groups} clusters" if unit == "clusters" else ""

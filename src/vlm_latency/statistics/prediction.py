@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -129,7 +129,7 @@ class CrossValidation(Result):
     def error_ratio(self, name: str, alternative: str, level: float = 0.95) -> Estimate:
         """Return the mean error of `name` over that of `alternative`, on the same points."""
         errors = [np.abs(self.predicted[key] / self.measured - 1) for key in (name, alternative)]
-        return ratio_estimate(errors[0], errors[1], self.groups, level=level)
+        return _sharing_fits(ratio_estimate(errors[0], errors[1], self.groups, level=level))
 
     def interval(
         self,
@@ -227,11 +227,19 @@ def cross_validate(
             guess[out] = fit(X[~out], y[~out]).predict(X[out])
         error = np.abs(guess / y - 1)
         predicted[name] = guess
-        mape[name] = mean_estimate(error, codes, level=level)
+        mape[name] = _sharing_fits(mean_estimate(error, codes, level=level))
         median_error[name] = percentile(error, 50, level, codes)
     return CrossValidation(
         mape, median_error, y.size, n_groups, "leave one shape out", y, predicted, codes
     )
+
+
+def _sharing_fits(error: Estimate) -> Estimate:
+    """Warn that held-out errors are not independent: any two of their fits share most shapes."""
+    if error.low is None or error.low == error.high:
+        return error
+    shared = "held-out errors share their fits: the interval may be too narrow"
+    return replace(error, note="; ".join(filter(None, (error.note, shared))))
 
 
 def transfer_error(

@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 
 from vlm_latency.errors import DataError
-from vlm_latency.statistics.means import CARRIES, ratio_estimate
+from vlm_latency.statistics.means import carried, ratio_estimate
 from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ TAIL = 95
 # Further outside of 0 to 1 a share is no scatter about its ends.
 FAILED = 0.05
 # More groups make the jackknife no better, only slower.
-MOST_GROUPS = 200
+MOST_GROUPS = 100
 # Requests beyond the number of parameters, without which the unexplained part is a guess.
 SPARE_REQUESTS = 10
 
@@ -80,8 +80,8 @@ def variance_budget(
         column is absent (or empty) every row, or request, is its own.
     level : float
         Of the intervals: Student's t on the jackknife over images, on the logarithm of a share
-        that is small and surely above zero. For noise and "unexplained" the repeated requests are the degrees
-        of freedom.
+        that is small and surely above zero. For noise and "unexplained" the repeated requests
+        are the degrees of freedom.
 
     Returns
     -------
@@ -280,7 +280,7 @@ def _estimate(
         (moved.size - 1) / moved.size * squares.sum()
     )
     note = ""
-    if squares.max() > CARRIES * squares.sum() > 0:
+    if carried(squares):
         note = "one image makes most of this share's variance: the interval may be too narrow"
     low, high = value - half, value + half
     if low > 0 and value < 0.5:
