@@ -1,6 +1,7 @@
 """Kinds of faults that checkpoints, processors, prompts and settings bring; each with the right value."""
 
 import copy
+import dataclasses
 import json
 import struct
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vlm_latency import load_model, measure
 from vlm_latency.errors import DataError, ModelError, UserError
+from vlm_latency.instrument.methods import make_meter
 from vlm_latency.instrument.session import _entered
 from vlm_latency.models import describe
 from vlm_latency.models.loading import VLM
@@ -266,6 +268,15 @@ def test_what_breaks_one_forward_per_token_is_refused_by_its_name(name, value, l
     setattr(model.generation_config, name, value)
     with pytest.raises(ModelError, match=f"generation_config.{name}={value}"):
         VLM.from_objects(model, llava.preparer.processor)
+
+
+@pytest.mark.parametrize("method", ["subtraction", "hook"])
+def test_methods_that_run_one_encoder_by_itself_refuse_several(method, llava):
+    own = copy.copy(llava)
+    encoder = own.components.vision_encoder
+    own.components = dataclasses.replace(own.components, more_encoders=(encoder,))
+    with pytest.raises(UserError, match=f"2 vision encoders, and measurement.method={method}"):
+        make_meter(own, method)
 
 
 @pytest.mark.parametrize("found", [float("inf"), 1234567])

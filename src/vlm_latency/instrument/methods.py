@@ -445,7 +445,18 @@ def make_meter(
     max_cache_len: int | None = None,
     nvtx: bool = False,
 ) -> Meter:
-    """Make the meter of a method (``timeline``, ``subtraction``, ``hook``) for a loaded model."""
+    """Make the meter of a method (``timeline``, ``subtraction``, ``hook``) for a loaded model.
+
+    Raises
+    ------
+    MeasurementError
+        For a method that runs the encoder by itself, on a model that has several.
+    """
+    if method != "timeline" and vlm.components.more_encoders:
+        raise MeasurementError(
+            f"{vlm.options.name} has {len(vlm.components.encoders)} vision encoders, and "
+            f"measurement.method={method} runs one by itself; use timeline"
+        )
     return METERS[method](vlm, engine, max_cache_len, nvtx)
 
 

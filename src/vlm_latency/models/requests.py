@@ -6,6 +6,7 @@ family's PIL image processor and the bundled tokenizer, with the published chat 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+
+log = logging.getLogger("vlm_latency")
 
 # Characters of a prompt. The longest context there is (a million tokens or so) is never meant by a
 # question, and a tokenizer may take minutes over a text without spaces.
@@ -405,6 +408,11 @@ def _chat(processor: Any, marks: list[str], family: Family) -> Callable[[str], s
         if found.count(_PROBE) == 1 and any(found.count(m) == 1 for m in marks) and not printed:
             return way
     if family.image and family.prompt:
+        log.warning(
+            "the checkpoint's chat template cannot place an image (%s); the family's published prompt "
+            "is used",
+            reason,
+        )
         return _template(family)
     raise ModelError(
         f"the chat template of {type(processor).__name__} cannot place an image ({reason}); give a "
