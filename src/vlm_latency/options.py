@@ -20,6 +20,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
@@ -151,14 +152,31 @@ class FlopsOptions(Group):
     counted: bool = True  # count on the meta device too (once per shape)
 
 
+# Panels by the figures of exp1 … exp5; no figure of an analysis has one of these names.
+PANELS = (
+    *("histogram", "cdf", "first", "tiling", "length", "variance"),
+    *("active", "pie", "bars"),
+    *("total", "prefill", "components"),
+    *("decode", "stack", "steps"),
+    *("exp3", "exp4", "combined", "regime", "held_out", "predicted"),
+)
+
+
 class FigureOptions(Group):
     """``figures.*``: how figures look."""
 
     style: Literal["default", "paper"] = "default"
     columns: Literal[1, 2] = 1  # style=paper: of the page that a figure fills
-    panels: Words = ()  # names of the panels to draw; none: all
+    panels: Words = ()  # names of the panels of exp1–exp5 to draw; none: all
     dpi: Annotated[int, Field(ge=50)] = 300
     vision_axis: Annotated[Literal["tokens", "patches"], BY_PROTOCOL] = "tokens"
+
+    @field_validator("panels")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in PANELS]:
+            raise ValueError(f"no panel {', '.join(unknown)}; expected of {' '.join(PANELS)}")
+        return names
 
 
 class CalibrationOptions(Group):

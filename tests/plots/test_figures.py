@@ -8,6 +8,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 
+from vlm_latency.options import PANELS, FigureOptions
 from vlm_latency.plots import (
     calibration,
     comparison,
@@ -418,8 +419,6 @@ class TestPrediction:
 
 
 def test_style_follows_the_options():
-    from vlm_latency.options import FigureOptions
-
     assert Style.of(FigureOptions()) == Style(False, 300, "tokens")
     asked = FigureOptions(
         style="paper", dpi=150, vision_axis="patches", columns=2, panels="steps stack"
@@ -438,6 +437,32 @@ def test_panels_can_be_drawn_by_name(made, context):
     ]
     other = composition.parameters_pie(made.PARAMETERS, context, style)
     assert len(other.axes) == 1  # has no panel of that name: drawn whole
+
+
+def test_the_panels_that_can_be_asked_for_are_those_of_the_figures(made, context):
+    one, three, four, five = made.exp1(), made.exp3(), made.exp4(), made.exp5()
+    drawn = {
+        "variance": lambda it: distribution.latency_distribution(
+            one.records, one.statistics, context, it
+        ),
+        "active": lambda it: composition.parameters_pie(made.EXPERTS, context, it),
+        "components": lambda it: vision_sweep.vision_tokens_vs_latency(
+            three.records, three.statistics, context, it
+        ),
+        "stack": lambda it: language_sweep.language_tokens_vs_latency(
+            four.records, four.statistics, context, it
+        ),
+        "held_out": lambda it: flops.flops_vs_latency(five.points, five.statistics, context, it),
+    }
+    for name, draw in drawn.items():
+        assert name in PANELS
+        assert len(draw(Style(chosen=(name,))).axes) == 1
+        assert len(draw(Style(chosen=PANELS)).axes) == len(draw(Style()).axes)
+
+
+def test_an_unknown_panel_is_refused():
+    with pytest.raises(ValueError, match="no panel stepps; expected of histogram"):
+        FigureOptions(panels="stepps")
 
 
 def test_two_columns_stand_side_by_side(made, context):

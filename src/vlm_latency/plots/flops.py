@@ -69,7 +69,7 @@ def flops_vs_latency(
             style,
             context,
             context.title,
-            [["exp3", "exp4", "combined"], ["regime", "error", "predicted"]],
+            [["exp3", "exp4", "combined"], ["regime", "held_out", "predicted"]],
             reading="Points: means of requests; whiskers and bands: 95 % intervals",
         )
         estimator = statistics["estimator"]
@@ -85,7 +85,7 @@ def flops_vs_latency(
             "What a FLOP costs, by regime",
             lambda it: _regimes(it, statistics.get("ms_per_tflop")),
         )
-        draw["error"] = (
+        draw["held_out"] = (
             "Error on shapes held out",
             lambda it: _errors(it, statistics.get("held_out_error")),
         )
