@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 
@@ -333,6 +334,8 @@ def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def measured_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Make the table of runs from the journal's rows, in the order they were measured."""
+    import pandas as pd
+
     table = typed(pd.DataFrame(rows), MEASURED_COLUMNS)
     return table.sort_values("order_index", kind="stable").reset_index(drop=True)
 
