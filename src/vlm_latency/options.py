@@ -41,6 +41,8 @@ from vlm_latency.option_types import (
     asked,
 )
 
+COMPILED = ("compiled", "compiled-all", "loop")  # engines whose decode step is one graph
+
 
 def _quoted(value: Any) -> Any:
     """Refuse a commit that was read as a number, which 12e4567 was: it is infinity."""
@@ -69,7 +71,7 @@ class ModelOptions(Group):
     # the decoder's kernel for attention; auto = PyTorch's choice
     sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     float32_attention: bool | None = None  # Molmo only; None = as the reference
-    engine: Literal["eager", "static", "compiled"] = "eager"
+    engine: Literal["eager", "static", "compiled", "compiled-all", "loop"] = "eager"
     max_crops: Annotated[int, Field(ge=1)] | None = None  # tiles; None = the model's own
     seed: int = 0
     trust_remote_code: bool = False

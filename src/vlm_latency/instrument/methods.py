@@ -25,6 +25,7 @@ from torch import nn
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.clock import CudaClock, HostClock
+from vlm_latency.instrument.engines import Engine
 from vlm_latency.instrument.timeline import Mark, Timeline, partition
 from vlm_latency.models.attention import attending
 from vlm_latency.models.boundaries import (
@@ -106,8 +107,7 @@ class Meter:
     vlm
         A loaded model.
     engine
-        ``eager`` (dynamic cache), ``static`` (static cache) or ``compiled`` (static cache and a
-        decode step compiled as one graph).
+        How a request is run; see `vlm_latency.instrument.engines`.
     max_cache_len
         Length of the static cache, the same for all requests, so that nothing is compiled twice;
         by default as long as the longest request so far.
@@ -118,6 +118,8 @@ class Meter:
     ------
     MeasurementError
         On a device without a clock of its own or work that runs in order, such as ``mps``.
+    ModelError
+        Where the engine cannot run this model.
     """
 
     def __init__(
@@ -130,7 +132,6 @@ class Meter:
         self.vlm = vlm
         self.model: Any = vlm.model
         self.device = torch.device(vlm.device)
-        self.engine = engine
         self.max_cache_len = max_cache_len
         options = getattr(vlm, "options", None)
         self._sdpa_backend = options.sdpa_backend if options else "auto"
@@ -140,9 +141,7 @@ class Meter:
                 f"found model.device={self.device.type}; expected cpu or cuda, the devices whose "
                 "time can be taken at component boundaries; set model.device"
             )
-        if engine != "eager":  # the model remembers the longest cache it ever had
-            vars(self.model).pop("_previous_max_cache_length", None)
-        self._engine_arguments = _engine_arguments(engine, self.device, max_cache_len)
+        self.engine = Engine(vlm, engine, max_cache_len)
         on_cuda = self.device.type == "cuda"
         self.timeline = Timeline(HostClock(), CudaClock(self.device) if on_cuda else None)
 
@@ -153,9 +152,8 @@ class Meter:
         self.close()
 
     def close(self) -> None:
-        """Forget the compiled decode step and the length of the static cache."""
-        for name in ("_previous_max_cache_length", "_compiled_call", "_last_compile_config"):
-            vars(self.model).pop(name, None)
+        """Forget what the engine has compiled, captured and cached."""
+        self.engine.close()
 
     def __call__(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
@@ -184,8 +182,9 @@ class Meter:
         tuple
             Milliseconds, and the tokens that were generated.
         """
-        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
-        elapsed, output = self._timed(lambda: self.model.generate(**arguments))
+        arguments = self.engine.arguments(prepared.inputs, max_new_tokens, stop_at_eos)
+        with self.engine.installed():
+            elapsed, output = self._timed(lambda: self.engine.generate(arguments))
         return elapsed, self._tokens(output, prepared, max_new_tokens, stop_at_eos)
 
     def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
@@ -194,12 +193,6 @@ class Meter:
             result = function()
             synchronize(self.device)
             return (time.perf_counter_ns() - start) / 1e6, result
-
-    def _arguments(self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool) -> Row:
-        arguments = {**prepared.inputs, **self._engine_arguments, "max_new_tokens": max_new_tokens}
-        if not stop_at_eos:
-            arguments["eos_token_id"] = None
-        return arguments
 
     def _generate_on_timeline(self, arguments: Row) -> Any:
         """One ``generate()``; the marks of whatever is attached lie between its two ends."""
@@ -213,7 +206,7 @@ class Meter:
             quiet(self.device),
         ):
             self.timeline.open(OTHER)
-            output = self.model.generate(**arguments)
+            output = self.engine.generate(arguments)
             self.timeline.finish(OTHER)
         return output
 
@@ -288,8 +281,8 @@ class TimelineMeter(Meter):
     def __call__(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
     ) -> Reading:
-        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
-        with self._attached():
+        arguments = self.engine.arguments(prepared.inputs, max_new_tokens, stop_at_eos)
+        with self.engine.installed(), self._attached():
             output = self._generate_on_timeline(arguments)
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         host = intervals(self.timeline.host_marks(), len(tokens))
@@ -330,13 +323,16 @@ class SubtractionMeter(Meter):
     def __call__(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
     ) -> Reading:
-        arguments = self._arguments(prepared, max_new_tokens, stop_at_eos)
-        features_ms, calls = self._time_image_features(prepared.inputs)
-        encoder = self.vlm.components.vision_encoder
-        encoder_ms, _ = self._timed(lambda: [encoder(*args, **kwargs) for args, kwargs in calls])
-        prefill_ms, forward_ms = self._time_prefill(prepared.inputs, features_ms)
-        with self._attached():
-            output = self._generate_on_timeline(arguments)
+        arguments = self.engine.arguments(prepared.inputs, max_new_tokens, stop_at_eos)
+        with self.engine.installed():
+            features_ms, calls = self._time_image_features(prepared.inputs)
+            encoder = self.vlm.components.vision_encoder
+            encoder_ms, _ = self._timed(
+                lambda: [encoder(*args, **kwargs) for args, kwargs in calls]
+            )
+            prefill_ms, forward_ms = self._time_prefill(prepared.inputs, features_ms)
+            with self._attached():
+                output = self._generate_on_timeline(arguments)
         tokens = self._tokens(output, prepared, max_new_tokens, stop_at_eos)
         owned = partition(self.timeline.device_marks() or self.timeline.host_marks())
         total_ms = sum(owned.values()) / 1e6
@@ -536,31 +532,6 @@ def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
             "timeline or subtraction"
         )
     return max(lists, key=len)
-
-
-def _engine_arguments(engine: str, device: torch.device, max_cache_len: int | None) -> Row:
-    """What ``generate()`` is told for an engine, always greedy."""
-    arguments: Row = {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "num_beams": 1,
-        "use_cache": True,
-        "return_dict_in_generate": True,
-    }
-    if engine == "eager":
-        return {**arguments, "disable_compile": True}
-    arguments |= {"cache_implementation": "static", "max_cache_len": max_cache_len}
-    if engine == "static":
-        return {**arguments, "disable_compile": True}
-    from transformers import CompileConfig
-
-    on_cuda = device.type == "cuda"
-    config = CompileConfig(fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
-    # transformers compiles on accelerators only, unless told so
-    config._compile_all_devices = True  # type: ignore[assignment]
-    return {**arguments, "compile_config": config}
 
 
 def _cache_bytes(cache: Any) -> int | None:

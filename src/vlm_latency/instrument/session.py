@@ -25,7 +25,7 @@ from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
 from vlm_latency.models import thread_count
 from vlm_latency.models.requests import check_prompt
-from vlm_latency.options import MeasurementOptions
+from vlm_latency.options import COMPILED, MeasurementOptions
 from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS, Row
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class SessionLog:
         of a decode step cost here, found by trying; ``visited``: how many of each the process
         knew when the runs began; ``late``: runs made once before, untimed, because their length
         was not foreseen.
+    engine
+        What was compiled, how many seconds that took, and what had to stay eager.
     """
 
     started_at: str = ""
@@ -69,6 +71,7 @@ class SessionLog:
     fetch_s: float = 0.0
     warmup: list[dict[str, Any]] = field(default_factory=list)
     lengths: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def harness_ratio(self) -> float | None:
@@ -148,7 +151,7 @@ class Session:
                 prepare=self.prepare,
                 visit=self._visit,
                 grows=self._grows,
-                compiles=engine == "compiled",
+                compiles=engine in COMPILED,
                 say=say,
             )
             self.log.warmup += warm_up.shapes(rows)
@@ -168,6 +171,8 @@ class Session:
         """Take everything off the model again."""
         self._noise.close()
         if self.meter is not None:
+            if engine := getattr(self.meter, "engine", None):  # the null model's meter has none
+                self.log.engine = engine.report()
             self.meter.close()
 
     def run(self, request: Row) -> Row:

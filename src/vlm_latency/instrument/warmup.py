@@ -18,6 +18,7 @@ from itertools import groupby
 from math import log2
 from typing import TYPE_CHECKING
 
+from vlm_latency.errors import ModelError
 from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
 from vlm_latency.options import MeasurementOptions
 
@@ -237,6 +238,8 @@ class WarmUp:
             entry["num_vision_patches"] = prepared.counts.num_vision_patches
             while not warm(times) and len(times) < self.options.warmup_max_runs:
                 times.append(self._visit(row, prepared, tokens).timed_ms)
+        except ModelError:  # no run of this model can succeed
+            raise
         except Exception as error:  # the run itself will say so, in its row
             entry["error"] = survive(error)
         return {

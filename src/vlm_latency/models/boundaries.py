@@ -68,10 +68,10 @@ def boundaries(
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Wrap one method of one instance, for a while."""
+    """Wrap one method or attribute of one instance, for a while; None where it has none."""
     own = vars(owner)
     before = own.get(name)
-    own[name] = wrap(getattr(owner, name))
+    own[name] = wrap(getattr(owner, name, None))
     try:
         yield
     finally:

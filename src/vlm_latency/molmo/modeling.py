@@ -440,6 +440,14 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand on what comes with the image in the first forward only, as its pixels are."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            for name in ("image_masks", "image_input_idx"):
+                inputs.pop(name, None)
+        return inputs
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not bool(mask[:, -1].all()):

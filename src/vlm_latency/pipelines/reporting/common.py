@@ -10,7 +10,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.experiments import EXPERIMENTS
-from vlm_latency.options import ExperimentOptions
+from vlm_latency.options import COMPILED, ExperimentOptions
 from vlm_latency.records import (
     COMPONENTS,
     COST_PARTS,
@@ -210,7 +210,7 @@ def frame(
         What was found, in a sentence that the claims' verdicts allow.
     """
     judged = judged_on(environment)
-    if environment["model"].get("engine") == "compiled":
+    if environment["model"].get("engine") in COMPILED:
         statistics = {**statistics, "notes": [*(statistics.get("notes") or ()), COMPILED_STEP]}
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,0 +1,73 @@
+"""A cache of keys and values that stays where it is, from one request to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from vlm_latency.errors import ModelError
+
+
+class KeptLayer(StaticLayer):
+    """A static cache layer that knows on the host whether it is empty.
+
+    While it is, keys and values are written to its start and given back as they came: a prefill
+    attends to its own length, by the same kernels as without a static cache, and nothing waits for
+    the device to say how long the cache is. Layers with a sliding window keep all positions too;
+    the mask restricts what they attend to.
+    """
+
+    empty = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.empty:
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        length = key_states.shape[-2]
+        self.keys[:, :, :length].copy_(key_states)
+        self.values[:, :, :length].copy_(value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.empty else self.max_cache_len), 0
+
+    def get_seq_length(self) -> Any:
+        return 0 if self.empty else self.cumulative_length
+
+
+class KeptCache(StaticCache):
+    """A static cache for one request after another, at the same addresses.
+
+    ``generate()`` makes a new one for each request; a CUDA graph that was recorded with the old
+    one's addresses is then recorded again, which is most of a slow first compiled step.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int) -> None:
+        super().__init__(config, max_cache_len)
+        kinds = {
+            type(layer).__name__ for layer in self.layers if not isinstance(layer, StaticLayer)
+        }
+        if kinds:
+            raise ModelError(f"its cache has layers that are not keys and values: {kinds}")
+        self.max_len = max_cache_len
+        self.layers: list[Any] = [KeptLayer(max_cache_len) for _ in self.layers]
+
+    def start(self) -> None:
+        """Forget the request before; what it wrote lies behind every mask."""
+        for layer in self.layers:
+            layer.empty = True
+
+    def filled(self, length: int) -> None:
+        """Say that the prefill has written so many positions."""
+        lengths = [layer.cumulative_length for layer in self.layers]
+        torch._foreach_zero_(lengths)
+        torch._foreach_add_(lengths, length)
+        for layer in self.layers:
+            layer.empty = False
