@@ -138,6 +138,8 @@ class MeasurementOptions(Group):
     # warm: lengths are visited before they are measured where new ones cost (unless warmup_runs
     # is 0); cold: first visits stay in
     lengths: Annotated[Literal["warm", "cold"], BY_PROTOCOL] = "warm"
+    # wait so many seconds at most before a run for a host that is as quick as it has been
+    quiet_seconds: Annotated[float, Field(ge=0)] = 0.0
     nvtx: bool = False  # NVTX ranges around the components (Nsight Systems)
     # requests measured once more, to know the noise
     noise_repeats: Annotated[int, Field(ge=0), BY_PROTOCOL] = 0

@@ -49,3 +49,15 @@ def test_the_state_of_a_gpu_is_read() -> None:
     assert state["sm_clock_mhz"] > 0
     assert state["gpu_temperature_c"] > 0
     assert state["throttle_reasons"] is not None
+
+
+def test_a_quiet_host_is_waited_for_and_the_waiting_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries = iter([1.0, 2.0, 1.9, 1.2, 9.0])
+    monkeypatch.setattr(noise, "host_canary_ms", lambda: next(canaries))
+    host = noise.QuietHost(60.0)
+    assert host.wait()[0] == 1.0  # nothing quicker is known yet
+    canary, waited = host.wait()
+    assert canary == 1.2
+    assert waited > 0
+    monkeypatch.setattr(host, "_seconds", 0.0)
+    assert host.wait() == (9.0, 0.0)  # a host that stays slow is measured, and says so

@@ -25,7 +25,12 @@ def quiet(last: float) -> list[float]:
         ({"first_of_shape": [False] * 8 + [True]}, "first of shape"),
         ({"first_of_shape": pd.array([None] * 9, "boolean")}, "unexplained"),
         ({"sm_clock_mhz": [1980] * 8 + [1200]}, "clock drop or throttling"),
-        ({"throttle_reasons": [""] * 8 + ["sw_power_cap"]}, "clock drop or throttling"),
+        ({"throttle_reasons": [""] * 8 + ["sw_thermal_slowdown"]}, "clock drop or throttling"),
+        ({"throttle_reasons": ["sw_power_cap"] * 9}, "unexplained"),  # named at a full clock too
+        (
+            {"throttle_reasons": ["sw_power_cap"] * 9, "sm_clock_mhz": [1980] * 8 + [1700]},
+            "clock drop or throttling",
+        ),
         ({"throttle_reasons": [""] * 9}, "unexplained"),
         ({"throttle_reasons": [None] * 9}, "unexplained"),
         ({"involuntary_switches": quiet(7)}, "involuntary context switches"),
@@ -38,6 +43,7 @@ def quiet(last: float) -> list[float]:
         ),
         ({"host_canary_ms": [0.1] * 8 + [0.2]}, "slow host"),
         ({"host_canary_ms": [0.1] * 8 + [0.11]}, "unexplained"),
+        ({"host_canary_ms": [0.1] * 4 + [0.1] * 4 + [0.15]}, "slow host"),
         ({"steal_ms": quiet(4), "first_of_shape": [False] * 8 + [True]}, "first of shape"),
     ],
 )

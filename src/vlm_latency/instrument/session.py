@@ -20,7 +20,7 @@ from cachetools import LRUCache
 
 from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.instrument.lengths import Met, prompt_of
-from vlm_latency.instrument.noise import GpuProbe, NoiseProbe, host_canary_ms
+from vlm_latency.instrument.noise import GpuProbe, NoiseProbe, QuietHost, host_canary_ms
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
 from vlm_latency.models import thread_count
@@ -111,6 +111,7 @@ class Session:
         self._template = template
         self._noise = NoiseProbe()
         self._gpu = GpuProbe(vlm.device)
+        self._host = QuietHost(options.quiet_seconds)
         self._met = Met.of(vlm)
         self._grows = vlm.options.engine == "eager"
         self.meter: Any = None
@@ -200,7 +201,7 @@ class Session:
         counts = prepared.counts
         self._check_positions(counts, max_new_tokens)
         self._meet(prepared, max_new_tokens, stop_at_eos)
-        canary_ms = host_canary_ms()
+        canary_ms, waited_ms = self._host.wait()
         self._noise.start()
         reading = self.meter(prepared, max_new_tokens, stop_at_eos)
         noise = self._noise.stop()
@@ -220,7 +221,8 @@ class Session:
             "first_of_shape": first,
             "first_of_length": new[0],
             "new_kv_lengths": new[1],
-            "host_canary_ms": canary_ms,
+            "host_canary_ms": max(canary_ms, host_canary_ms()),
+            "waited_ms": waited_ms,
             **noise,
             **self._gpu.sample(),
             "peak_memory_bytes": reading.peak_memory_bytes,

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 FEWEST_RUNS = 5
 # Nothing within 1 % of its shape's median is an outlier, however steady the others are.
 SMALLEST_EXCESS = 0.01
-# A host whose fixed piece of work takes this much longer than its median is slow: it varies by 10 %.
-SLOW_HOST = 1.25
-# A clock that runs this much under the median of the run has dropped.
+# A host whose fixed piece of work takes this much longer than in its quickest tenth is slow: a
+# quick one varies by 10 %, and a shared one may be slow for more than half of the time.
+SLOW_HOST, QUICK_TENTH = 1.3, 0.1
+# A clock that runs this much under the highest of the table has dropped.
 CLOCK_DROP = 0.97
+# What the driver names at a full clock too: a limit that is near is not yet felt.
+HARMLESS = {"sw_power_cap"}
 
 
 def mark_outliers(
@@ -52,10 +55,11 @@ def mark_outliers(
     DataFrame
         Index of `df`; columns `outlier` (bool) and `outlier_cause`: what disturbed the run,
         whether it was slow for it or not. The cause comes from columns that hold no time of the
-        run itself, and is the first that applies of "first of shape" (`first_of_shape`), "first
-        visit of a length" (`first_of_length`, `new_kv_lengths`), "clock drop or throttling"
-        (`sm_clock_mhz` under 97 % of its median, or `throttle_reasons` not empty), "slow host"
-        (`host_canary_ms` above 125 % of its median), "involuntary context switches"
+        run itself, and is the first that applies of "first of shape" (`first_of_shape`, of an
+        outlier), "first visit of a length" (`first_of_length`, `new_kv_lengths`), "clock drop or
+        throttling" (`sm_clock_mhz` under 97 % of its highest, or a reason in `throttle_reasons`
+        other than a software power cap, which is named at a full clock too), "slow host"
+        (`host_canary_ms` above 130 % of its quickest tenth), "involuntary context switches"
         (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for its shape
         by the same rule; "unexplained" for an outlier without any, None for other runs. Absent
         columns explain nothing.
@@ -94,7 +98,7 @@ def mark_outliers(
     outlier = unusual(value, lambda median: SMALLEST_EXCESS * median)
     causes: dict[str, pd.Series] = {}
     if "first_of_shape" in df:
-        causes["first of shape"] = df["first_of_shape"].fillna(False).astype(bool)
+        causes["first of shape"] = df["first_of_shape"].fillna(False).astype(bool) & outlier
     if lengths_cost and "first_of_length" in df:
         new = df["first_of_length"].fillna(False).astype(bool)
         if "new_kv_lengths" in df:
@@ -103,7 +107,7 @@ def mark_outliers(
     causes["clock drop or throttling"] = _slow_clock(df)
     if "host_canary_ms" in df:
         canary = df["host_canary_ms"].astype(float)
-        causes["slow host"] = canary > SLOW_HOST * canary.median()
+        causes["slow host"] = canary > SLOW_HOST * canary.quantile(QUICK_TENTH)
     for name, cause in (
         ("involuntary_switches", "involuntary context switches"),
         ("steal_ms", "steal time"),
@@ -121,7 +125,8 @@ def _slow_clock(df: pd.DataFrame) -> pd.Series:
     slow = pd.Series(False, index=df.index)
     if "sm_clock_mhz" in df:
         clock = df["sm_clock_mhz"].astype(float)
-        slow |= clock < CLOCK_DROP * clock.median()
+        slow |= clock < CLOCK_DROP * clock.max()
     if "throttle_reasons" in df:
-        slow |= df["throttle_reasons"].fillna("").astype(str) != ""
+        reasons = df["throttle_reasons"].fillna("").astype(str).str.split(",")
+        slow |= reasons.map(lambda names: bool(set(names) - HARMLESS - {""}))
     return slow
