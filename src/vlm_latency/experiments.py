@@ -19,8 +19,10 @@ from vlm_latency.option_types import (
     Group,
     Lengths,
     SamplingOptions,
+    Shares,
     Sizes,
     TilingOrNone,
+    Words,
 )
 
 
@@ -86,6 +88,25 @@ class EarlierResults(Group):
     language_results: str | None = Field(
         None, description="a result of exp4; null: the one under output_dir"
     )
+
+
+class ReductionSampling(QuestionSampling):
+    """``expN.sampling.*``: the same questions with every method and share."""
+
+
+# What a request's ``method`` says where its tokens are not reduced.
+BASELINE = "baseline"
+
+
+class Reductions(Group):
+    """``exp6.*``: what is done to vision tokens."""
+
+    methods: Words = Field(
+        (),
+        description="names of vlm_latency.reduction.METHODS, or file.py:Class; none: all that the "
+        "engine can run",
+    )
+    keep: Shares = Field((0.5, 0.25, 0.11), description="shares of vision tokens to keep")
 
 
 @dataclass(frozen=True)
@@ -274,6 +295,23 @@ _ROWS = (
                 100,
             ),
             Fact("verdict", ("verdict",)),
+        ),
+    ),
+    Experiment(
+        name="exp6",
+        title="Token reduction",
+        question="Do the FLOPs that dropped vision tokens save become time saved?",
+        file="exp6_token_reduction",
+        figures=("exp6_token_reduction",),
+        phase="phase3",
+        sampling=ReductionSampling,
+        reads=(*_EVIDENCE, "model"),
+        own=Reductions,
+        facts=(
+            Fact("finding", ("finding",)),
+            Fact("identity / baseline", ("identity",)),
+            Fact("time saved over FLOPs saved, mean over methods", ("realised",), "%", 100),
+            Fact("methods that an engine cannot run", ("refused",)),
         ),
     ),
 )

@@ -81,6 +81,7 @@ def _tiling_or_none(value: Any) -> Any:
 Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
 PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_words)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 OutputLength = Annotated[str, BeforeValidator(_output_length)]
 _Count = Annotated[int, Field(gt=0)]

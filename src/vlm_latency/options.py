@@ -274,6 +274,7 @@ class ExperimentOptions(Group, Generic[Sampling_co]):
     dataset: DatasetOptions
     prompt: PromptOptions
     sampling: SerializeAsAny[Sampling_co]
+    own: SerializeAsAny[Group] = Group()  # the experiment's parameters beside the groups
     measurement: MeasurementOptions
     flops: FlopsOptions
     figures: FigureOptions
@@ -382,6 +383,9 @@ class Options(_Tree):
             dataset=self.dataset,
             prompt=self.prompt,
             sampling=kind(**(known | _said(drawn.model_dump() if drawn else {}))),
+            own=row.own(**{key: getattr(own, key) for key in row.own.model_fields})
+            if row
+            else Group(),
             measurement=MeasurementOptions(**measurement),
             flops=FlopsOptions(**(preset["flops"] | _said(flops))),
             figures=FigureOptions(**(preset["figures"] | _said(self.figures.model_dump()))),

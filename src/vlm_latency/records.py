@@ -109,6 +109,8 @@ _REQUEST = (
         "(at most, until the end of sequence)",
     ),
     _count("seed", "that drew the request"),
+    _text("method", "how its vision tokens are reduced; absent where they are not"),
+    _real("keep", "", "the share of vision tokens that the method is asked to keep"),
     _text("request_sha256", "of what is asked: image, texts, rule of the output's length"),
 )
 
@@ -118,6 +120,8 @@ _IDENTITY = (
     "request_sha256",
     "question_id",
     "image_id",
+    "method",
+    "keep",
     _count("run_index", "which run of its request"),
     _count("order_index", "position in the order of measuring"),
     _count("block_index", "which random block of runs"),
@@ -141,6 +145,7 @@ _INPUT = (
     _count("num_crops", "images that the encoder sees, the global one among them"),
     _count("num_vision_patches", "patches that the encoder sees, over all crops"),
     _count("num_vision_tokens", "positions in the decoder that carry an image feature"),
+    _count("num_vision_tokens_kept", "those that the last layer sees, where a method reduces them"),
     _count("num_image_special_tokens", "what the image brings besides: start, end, row marks"),
     _count("num_language_tokens", "positions that carry no image feature"),
     _count("num_total_tokens", "positions that go into the decoder"),
@@ -158,6 +163,7 @@ _OWNED = (
     _ms("T_LLM_decode", "from the end of the prefill to the end of the last forward"),
     _ms("T_LLM_decode_forward", "the part of T_LLM_decode inside the model's forwards"),
     _ms("T_LLM_decode_between", "the rest of T_LLM_decode: choosing a token, stopping, the loop"),
+    _ms("T_reduction", "inside a method that reduces tokens, and in no other part; else absent"),
     _ms("T_other", "what remains of T_total"),
     _ms("T_first_token", "from the call to the end of the prefill"),
 )

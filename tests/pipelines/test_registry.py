@@ -17,6 +17,7 @@ PROJECT = Path(__file__).parents[2]
 PIPELINES = PROJECT / "src" / "vlm_latency" / "pipelines"
 REGISTERED = {
     *("exp1", "exp2", "exp3", "exp4", "exp5", "phase1", "phase2", "all", "__default__"),
+    *("exp6", "phase3"),
     *("calibration", "explain", "predict", "compare"),
 }
 

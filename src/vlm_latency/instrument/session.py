@@ -276,7 +276,9 @@ class Session:
         """Decode, tile, normalise, tokenise and copy to the device: what T_preprocess covers."""
         from vlm_latency.vqa import decode_image
 
-        return self.vlm.place(self.vlm.prepare(decode_image(data), self._prompt(request)))
+        image, prompt = decode_image(data), self._prompt(request)
+        reduced = {name: request[name] for name in ("method", "keep") if request.get("method")}
+        return self.vlm.place(self.vlm.prepare(image, prompt, **reduced))
 
     def _prompt(self, request: Row) -> str:
         return self._template.replace("{question}", request["question"])

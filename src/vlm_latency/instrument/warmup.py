@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import log2
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
 from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
@@ -120,7 +120,11 @@ class WarmUp:
         return found
 
     def lengths(self, rows: list[Row]) -> None:
-        """Visit every length that will be measured, if it turns out that new ones cost."""
+        """Visit every length that will be measured, if it turns out that new ones cost.
+
+        Those of requests whose tokens are reduced were visited as shapes.
+        """
+        rows = [row for row in rows if not row.get("method")]
         self._prompts(rows)
         if self._grows:
             self._keys(rows)
@@ -251,13 +255,17 @@ class WarmUp:
         }
 
     def _one_per_shape(self, rows: list[Row]) -> list[Row]:
-        """Give one request of every shape, the one with the largest first."""
-        largest: dict[tuple[int, int], tuple[int, Row]] = {}
+        """Give one request of every shape, the one with the largest first.
+
+        A request whose tokens are reduced is one of its own: what is left of it is seen by running.
+        """
+        largest: dict[Any, tuple[int, Row]] = {}
         for row in rows:
             counts = self._image_counts(row)
             size = counts.num_vision_patches
-            if size > largest.get(shape_of(counts), (-1, row))[0]:
-                largest[shape_of(counts)] = (size, row)
+            key = row["request_id"] if row.get("method") else shape_of(counts)
+            if size > largest.get(key, (-1, row))[0]:
+                largest[key] = (size, row)
         return [row for _, row in sorted(largest.values(), key=lambda item: -item[0])]
 
 

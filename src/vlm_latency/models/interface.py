@@ -141,8 +141,12 @@ class LoadedModel(Protocol):
     @property
     def architecture(self) -> ModelArchitecture: ...
 
-    def prepare(self, image: Image.Image, prompt: str) -> Prepared:
-        """Tile, normalise and tokenise one request on the CPU."""
+    def prepare(self, image: Image.Image, prompt: str, **reduced: Any) -> Prepared:
+        """Tile, normalise and tokenise one request on the CPU.
+
+        `reduced` is the request's ``method`` and ``keep``, which only a model wrapped for
+        `vlm_latency.reduction` takes.
+        """
 
     def place(self, prepared: Prepared) -> Prepared:
         """Copy a request's inputs to the device, and wait for them."""

@@ -179,6 +179,7 @@ class NullReading:
         }
         self.times |= dict.fromkeys(("T_total", "T_total_host", "T_other"), total_ms)
         self.times["decode_step_ms"] = [0.0] * (num_tokens - 1)
+        self.times["T_reduction"] = self.times["T_reduction_host"] = None
         if num_tokens < 2:
             self.times["T_per_output_token"] = None
 

@@ -87,7 +87,7 @@ class MolmoAttention(CLIPAttention):
         dtype = heads[0].dtype
         if self.float32:
             heads = [states.float() for states in heads]
-            if implementation not in ("sdpa", "eager"):
+            if "flash" in implementation:
                 implementation = "sdpa"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(self, *heads, attention_mask, scaling=self.scale, **kwargs)

@@ -24,6 +24,7 @@ LABELS = {
     "T_first_token": "time to first token",
     "T_vision_total": "vision total",
     "T_total": "total",
+    "T_reduction": "reducing tokens",
 }
 
 

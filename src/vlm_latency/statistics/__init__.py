@@ -14,6 +14,7 @@ from vlm_latency.statistics.association import (
 )
 from vlm_latency.statistics.claims import (
     Claim,
+    flops_become_time_claim,
     flops_imperfect_claim,
     language_linear_claim,
     llm_bottleneck_claim,
@@ -98,6 +99,7 @@ __all__ = [
     "correlations",
     "cross_validate",
     "floor_and_line",
+    "flops_become_time_claim",
     "flops_imperfect_claim",
     "headline_line",
     "iso_pairs",

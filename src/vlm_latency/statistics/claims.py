@@ -24,6 +24,9 @@ FALLS, GROWS, FLAT_STEP = -0.1, 1.1, (0.9, 1.1)
 # A predictor within 5 % on shapes it has not seen is as good as perfect.
 PERFECT_ERROR = 0.05
 
+# FLOPs saved have become time saved when nine tenths of them have.
+REALISED = 0.9
+
 
 @dataclass(frozen=True)
 class Claim(Result):
@@ -220,6 +223,34 @@ def flops_imperfect_claim(flops_error: Estimate | None, error_ratio: Estimate | 
         "by more than the alternative (whole intervals); contradicted when they err by less than "
         f"{PERFECT_ERROR:.0%} or by less than the alternative",
         {"error of FLOPs alone": flops_error, "over error of the alternative": error_ratio},
+    )
+
+
+def flops_become_time_claim(realised: Mapping[str, Estimate]) -> Claim:
+    """Judge "FLOPs saved become time saved" by what each method realised.
+
+    Parameters
+    ----------
+    realised : mapping of method and share to Estimate
+        Share of T_total saved over share of the request's FLOPs saved.
+
+    Examples
+    --------
+    >>> print(flops_become_time_claim({"random@0.5": Estimate(0.3, 0.2, 0.4, 0.95, 20, "t")}))
+    flops_become_time: contradicted
+    """
+    return Claim(
+        "flops_become_time",
+        "FLOPs saved become time saved",
+        _decide(
+            bool(realised) and all(each.above(REALISED) for each in realised.values()),
+            any(each.below(REALISED) for each in realised.values()),
+        ),
+        "share of T_total saved over share of the request's FLOPs saved, of every method and share "
+        f"kept that saves FLOPs: supported when all intervals lie above {REALISED:g}, contradicted "
+        "when one lies below; several are judged at once, so that one false alarm is likelier than "
+        "its level says",
+        realised,
     )
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.errors import DataError
-from vlm_latency.experiments import LanguageSampling, QuestionSampling, VisionSampling
+from vlm_latency.experiments import (
+    BASELINE,
+    LanguageSampling,
+    QuestionSampling,
+    Reductions,
+    ReductionSampling,
+    VisionSampling,
+)
 from vlm_latency.option_types import SamplingOptions
 from vlm_latency.options import ExperimentOptions
 
@@ -139,10 +148,77 @@ class LanguageSweep(Questions):
         return f"{len(requests) // lengths} images × {lengths} lengths"
 
 
+class TokenReduction(Questions):
+    """The same questions by the model as it is, unreduced, and by every method and share."""
+
+    def draw(
+        self, options: ExperimentOptions[Any], questions: QuestionSource, model: ModelHandle
+    ) -> pd.DataFrame:
+        """Draw the questions and give each to every method.
+
+        Raises
+        ------
+        UserError
+            For a method that does not exist, that the engine cannot run though it was asked for,
+            or a model without vision tokens to drop.
+        """
+        asked = reductions(options, model)
+        drawn = super().draw(options, questions, model)
+        return pd.concat(
+            [
+                drawn.assign(request_id=drawn["request_id"] + f"/{label}", method=method, keep=keep)
+                for label, method, keep in asked
+            ],
+            ignore_index=True,
+        )
+
+    def words(self, requests: pd.DataFrame) -> str:
+        """Count questions and ways."""
+        ways = requests[["method", "keep"]].drop_duplicates()
+        return f"{len(requests) // len(ways)} questions × {len(ways)} ways to reduce tokens"
+
+
+def reductions(options: ExperimentOptions[Any], model: ModelHandle) -> list[tuple[str, str, float]]:
+    """List the ways to reduce tokens: label in a request's name, method, share kept."""
+    from vlm_latency.reduction import METHODS, method_of, refusal
+
+    own, engine = options.own, options.model.engine
+    assert isinstance(own, Reductions)
+    if model.architecture.simulated:
+        raise DataError(
+            f"found model.name={options.model.name}; {options.experiment} needs a model with vision "
+            "tokens to drop, such as tiny-molmo"
+        )
+    if options.measurement.method != "timeline":
+        raise DataError(
+            f"found measurement.method={options.measurement.method}; {options.experiment} marks the "
+            "method's own time on the timeline: leave it out"
+        )
+    found = [(BASELINE, BASELINE, 1.0), ("identity", "identity", 1.0)]
+    for name in own.methods or METHODS:
+        method = method_of(name)
+        why = refusal(method, engine)
+        if why and own.methods:
+            raise DataError(
+                f"model.engine={engine} cannot run the method {name}: {why}; use model.engine=eager"
+            )
+        if not why and name != "identity":
+            version = file_version(name)
+            found += [(f"{name}{version}@{keep:g}", name, keep) for keep in own.keep]
+    return found
+
+
+def file_version(name: str) -> str:
+    """A mark of what is in a method's file, so that a changed one is measured afresh."""
+    path, _, _ = name.rpartition(":")
+    return f"#{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}" if path else ""
+
+
 RULES: dict[type[SamplingOptions], Questions] = {
     QuestionSampling: Questions(),
     VisionSampling: VisionSweep(),
     LanguageSampling: LanguageSweep(),
+    ReductionSampling: TokenReduction(),
 }
 
 

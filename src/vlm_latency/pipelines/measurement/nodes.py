@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import MeasurementError
+from vlm_latency.experiments import BASELINE
 from vlm_latency.journal import RUN
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import MEASURED_COLUMNS, typed
@@ -120,8 +121,14 @@ def measure(
     if len(held):
         log.info("%s: continuing, %d of %d runs are done", name, len(held), len(plan))
     session = SessionLog()
+    vlm: Any = model.vlm
+    if methods := requests["method"].dropna().unique().tolist():
+        from vlm_latency.reduction import method_of
+        from vlm_latency.reduction.vlm import Reduced
+
+        vlm = Reduced(vlm, {name: method_of(name) for name in methods if name != BASELINE})
     for rows in measure(
-        model.vlm,
+        vlm,
         requests,
         options.measurement,
         planned=plan,

@@ -147,7 +147,8 @@ def entries(
     groups = shown.groupby("request_id")
     kept = [name for name in dict.fromkeys((*_ENTRY_NUMBERS, *further)) if name in shown]
     numbers = [name for name in kept if pd.api.types.is_numeric_dtype(shown[name])]
-    ours = {name for name in numbers if name.endswith("_host") or name.startswith("raw_")}
+    ours = {"T_reduction", "num_vision_tokens_kept"} & set(numbers)
+    ours |= {name for name in numbers if name.endswith("_host") or name.startswith("raw_")}
     numbers = [name for name in numbers if name not in ours or shown[name].notna().any()]
     means = groups[numbers].mean().astype("Float64")
     for name in numbers:  # a count is the same in every run, and stays a whole number
