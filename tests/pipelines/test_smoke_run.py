@@ -78,7 +78,7 @@ def records(root: Path, experiment: str) -> pd.DataFrame:
     return pd.read_parquet(root / experiment / f"{experiment}_records.parquet")
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(FIGURES))
 def test_files_bear_the_names_of_the_seed(name: str, root: Path) -> None:
     assert (root / name / f"{FILES[name]}.json").is_file()
     for figure in FIGURES[name]:

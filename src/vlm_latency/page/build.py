@@ -276,6 +276,8 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
             continue
         if value == defaults.get(path) and not (group in own and path in ALWAYS_SAID):
             continue
+        if group == "own":
+            group = path = path.partition(".")[2]
         if group not in own | shared:  # such as the sampling of what draws no sample
             continue
         key = f"{name}.{path}" if group in own else path
