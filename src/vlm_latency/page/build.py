@@ -24,7 +24,7 @@ PIXELS_PER_INCH = 100  # on the page
 
 COVERAGE = ("planned", "measured", "failed", "missing")
 # Where conf/base has another default than the library: a repeating command always says these.
-ALWAYS_SAID = {"sampling.seed", "measurement.num_runs"}
+ALWAYS_SAID = {"sampling.seed", "measurement.num_runs", "flops.counted"}
 
 
 def build_page(found: Mapping[str, Study]) -> str:
@@ -270,14 +270,13 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
     own, shared = set(type(getattr(asked, name)).model_fields), set(Options.model_fields)
     given: list[str] = []
     left: list[str] = []
-    for path, value in _flat(options).items():
+    for full, value in _flat(options).items():
+        path = full.removeprefix("own.")
         group = path.partition(".")[0]
         if path == "output_dir" or value is None:
             continue
-        if value == defaults.get(path) and not (group in own and path in ALWAYS_SAID):
+        if value == defaults.get(full) and not (group in own and path in ALWAYS_SAID):
             continue
-        if group == "own":
-            group = path = path.partition(".")[2]
         if group not in own | shared:  # such as the sampling of what draws no sample
             continue
         key = f"{name}.{path}" if group in own else path
