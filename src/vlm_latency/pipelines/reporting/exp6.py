@@ -228,7 +228,8 @@ def _finding(entries: list[dict[str, Any]], statistics: dict[str, Any]) -> str:
     return common.sentence(
         f"{faster} of {len(reducing)} reductions are FASTER in T_total",
         f"the most, {best['method']} at {best['keep']:g}, is "
-        f"{interval(best['measured']['T_total']['speed_up'])}× as fast{against}",
+        f"{interval(best['measured']['T_total']['speed_up'])}× as fast "
+        f"({best['measured']['T_total']['verdict']}){against}",
         f"identity is {statistics['identity']}",
     )
 
