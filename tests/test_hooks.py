@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from kedro.runner import SequentialRunner, ThreadRunner
 from vlm_latency import hooks
 from vlm_latency.config_loader import ConfigLoader
 from vlm_latency.errors import MeasurementError, UserError
+from vlm_latency.locks import lock_folder
 
 
 def identity(value: Any) -> Any:
@@ -102,3 +105,35 @@ def test_the_closing_line_says_where_the_results_are(
     (line,) = caplog.messages
     assert line.startswith(f"Results are in {tmp_path / 'results'}")
     assert ("index.html" in line) is page
+
+
+def test_a_second_command_is_refused_before_anything_is_written(
+    hook: hooks.ProjectHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "check", lambda *_, **__: [])
+    writing = Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp1")
+    second = hooks.ProjectHooks()
+    second.after_context_created(context(tmp_path, output_dir="results"))
+    before(hook, writing)
+    with pytest.raises(MeasurementError, match=r"exp1 is in use by process \d+ on "):
+        before(second, writing)
+    before(second, Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp2"))
+    hook.on_pipeline_error()
+    before(second, writing)
+    second.on_pipeline_error()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+    if not (child := os.fork()):
+        held = lock_folder(tmp_path)
+        os.write(told, b"x")
+        signal.pause()
+        held.close()
+    os.read(ready, 1)
+    with pytest.raises(MeasurementError, match=f"process {child} "):
+        lock_folder(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lock_folder(tmp_path).close()

@@ -83,6 +83,57 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
         Journal(tmp_path).read("aa")
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"{broken",
+        b"7",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"request_id":1,"run_index":0,"status":"ok"}',
+        b'{"request_id":"r","run_index":0,"status":"ok","T_total":"x"}',
+        b'{"request_id":"r","run_index":0,"status":"ok","fingerprint":"bb"}',
+        b'{"session":3}',
+    ],
+)
+def test_a_bad_line_is_cut_at_the_end_and_named_in_the_middle(tmp_path: Path, bad: bytes) -> None:
+    write(tmp_path, row(1), row(2))
+    path = tmp_path / "aa.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + bad + b"\n")
+    assert list(Journal(tmp_path).read("aa")["request_id"]) == ["r1", "r2"]
+    write(tmp_path, row(3))
+    assert list(Journal(tmp_path).read("aa")["request_id"]) == ["r1", "r2", "r3"]
+    assert path.with_suffix(".cut").read_bytes() == bad + b"\n"
+
+    path.write_bytes(whole + bad + b"\n" + whole.splitlines(keepends=True)[1])
+    with pytest.raises(MeasurementError, match=r"line 4 of the journal .*sed -i 4d"):
+        Journal(tmp_path).read("aa")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))  # what the sentence says
+    assert list(Journal(tmp_path).read("aa")["request_id"]) == ["r2", "r1"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"7",
+        b'{"an":"unrelated line"}',
+        b'{"schema_version":99,"fingerprint":"aa","conditions":{}}',
+        b'{"schema_version":1,"fingerprint":"bb","conditions":{}}',
+    ],
+)
+def test_a_file_that_is_not_this_journal_is_refused_and_left_as_it_is(
+    tmp_path: Path, header: bytes
+) -> None:
+    (tmp_path / "aa.jsonl").write_bytes(header + b"\n")
+    with pytest.raises(MeasurementError, match="measure afresh"):
+        Journal(tmp_path).read("aa")
+    with pytest.raises(MeasurementError, match="measure afresh"):
+        Journal(tmp_path).append("aa", CONDITIONS, [row(1)])
+    assert (tmp_path / "aa.jsonl").read_bytes() == header + b"\n"
+
+
 def test_other_conditions_are_kept_apart(tmp_path: Path) -> None:
     write(tmp_path, row(1), mark="aa")
     write(tmp_path, row(2), mark="bb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.experiments import EXPERIMENTS
+from vlm_latency.experiments import EXPERIMENTS, studies
+from vlm_latency.locks import lock_folder
 from vlm_latency.preflight import check, refuse_contradictions
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,9 @@ log = logging.getLogger(__name__)
 
 class ProjectHooks:
     """Validate parameters, check before a run, tell where the results are."""
+
+    def __init__(self) -> None:
+        self._held = ExitStack()  # of the folders that this process holds
 
     @hook_impl
     def after_context_created(self, context: Any) -> None:
@@ -77,10 +82,20 @@ class ProjectHooks:
             explains="explain.result" in pipeline.all_outputs(),
         ):
             log.info(line)
+        self._lock(pipeline)
         for name, row in EXPERIMENTS.items():
             if row.earlier and f"{name}.result" in pipeline.all_outputs():
                 makers = " and ".join(row.earlier.values())
                 log.info("%s: %s against latency, from the results of %s", name, row.title, makers)
+
+    def _lock(self, pipeline: Pipeline) -> None:
+        """Hold the folders that will be written, before anything is drawn or written."""
+        self._held.close()  # an interrupted run in this process may have left some
+        with ExitStack() as held:
+            for name in sorted({output.partition(".")[0] for output in pipeline.all_outputs()}):
+                if name in studies():
+                    held.enter_context(lock_folder(self._root / name))
+            self._held = held.pop_all()
 
     @hook_impl
     def before_node_run(self, is_async: bool) -> None:
@@ -92,8 +107,14 @@ class ProjectHooks:
             )
 
     @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Let the next command write."""
+        self._held.close()
+
+    @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline) -> None:
-        """Say where the results are."""
+        """Let the next command write; say where the results are."""
+        self._held.close()
         page = self._root / "report" / "index.html"
         made = f"; open {page}" if "page" in pipeline.all_outputs() else ""
         log.info("Results are in %s%s", self._root, made)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import IO, Any
 import pandas as pd
 
 from vlm_latency.errors import MeasurementError
+from vlm_latency.locks import take
 from vlm_latency.records import MEASURED_COLUMNS, SCHEMA_VERSION, typed
 
 # What tells runs apart: a request that asks for something else is another one, whatever its id.
@@ -26,6 +28,7 @@ RUN = ["request_id", "request_sha256", "run_index"]
 
 _ROWS_PER_FRAME = 8192  # rows parsed before they are packed into typed columns
 _SESSION = "session"  # the key of a line that is not a run
+_KEYS = (("request_id", str), ("run_index", int), ("status", str))  # what every run has
 _SESSION_LINE = b'{"session"'
 
 
@@ -52,9 +55,29 @@ class Journal:
 
     def conditions(self, path: Path) -> dict[str, Any]:
         """Read the conditions that a file's header spells out; none where it is torn."""
-        with path.open("rb") as file:
-            header = file.readline()
-        return dict(json.loads(header)["conditions"]) if header.endswith(b"\n") else {}
+        conditions = _header(path).get("conditions")
+        return conditions if isinstance(conditions, dict) else {}
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a file of another version, or of other conditions than its name says.
+
+        Raises
+        ------
+        MeasurementError
+            Saying what was found and how to go on.
+        """
+        path = self.path(fingerprint)
+        if not path.exists():
+            return
+        header = _header(path)
+        if not header:  # torn, or nothing but zeros: nothing was measured yet
+            return
+        for name, expected in (("schema_version", SCHEMA_VERSION), ("fingerprint", fingerprint)):
+            if header.get(name) != expected:
+                raise MeasurementError(
+                    f"the journal {path} has the {name} {header.get(name)!r}; expected "
+                    f"{expected!r}: move it away and run the command again to measure afresh"
+                )
 
     def read(self, fingerprint: str) -> pd.DataFrame:
         """Read the runs measured under these conditions, a run that was tried again by its last try.
@@ -67,10 +90,12 @@ class Journal:
         Raises
         ------
         MeasurementError
-            When a line before the last one is not a run: the file was damaged.
+            When a line before the last one is not a run, or one of other conditions: the file was
+            damaged.
         """
         path = self.path(fingerprint)
-        runs = (line for line in _lines(path) if _SESSION not in line)
+        self.check(fingerprint)
+        runs = (line for line in _lines(path, fingerprint) if _SESSION not in line)
         frames = [typed(pd.DataFrame(rows), MEASURED_COLUMNS) for rows in _packs(runs)]
         if not frames:
             return typed(pd.DataFrame(), MEASURED_COLUMNS)
@@ -80,7 +105,7 @@ class Journal:
     def sessions(self, fingerprint: str) -> list[dict[str, Any]]:
         """Read what each command that measured here said at its end: warm-up, wall time."""
         path = self.path(fingerprint)
-        return [line[_SESSION] for line in _lines(path, containing=_SESSION_LINE)]
+        return [line[_SESSION] for line in _lines(path, fingerprint, _SESSION_LINE)]
 
     def append(
         self,
@@ -136,10 +161,16 @@ class Journal:
         if self._file is not None and self._file.name == str(path):
             return self._file
         self.close()
+        self.check(fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+", buffering=0)
-        _lock(file, path)
-        _cut_torn_line(file)
+        if not take(file):
+            file.close()
+            raise MeasurementError(
+                f"another run is writing the journal {path}; wait for it to end, or choose another "
+                "output_dir"
+            )
+        _cut_bad_end(file, path, fingerprint)
         if file.seek(0, os.SEEK_END) == 0:
             header = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint}
             file.write(_line({**header, "conditions": conditions}))
@@ -157,8 +188,69 @@ def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _lines(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
-    """Read the lines; a torn last one (the crash came while it was written) is passed over."""
+def _header(path: Path) -> dict[str, Any]:
+    """Read what the first line says; nothing where it is torn.
+
+    Raises
+    ------
+    MeasurementError
+        When it is no header: the file was damaged, or is not ours.
+    """
+    with path.open("rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        return {}
+    header = _parsed(line)
+    if header is None or "conditions" not in header:
+        raise MeasurementError(
+            f"line 1 of {path} is not the header of a journal: the file was damaged or is none; "
+            "move it away and run the command again to measure afresh"
+        )
+    return header
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_line(found: dict[str, Any] | None, fingerprint: str) -> bool:
+    """Whether it is a run of these conditions or what a command said at its end."""
+    if found is None:
+        return False
+    if _SESSION in found:
+        return isinstance(found[_SESSION], dict)
+    known = all(isinstance(found.get(name), kind) for name, kind in _KEYS)
+    return known and found.get("fingerprint", fingerprint) == fingerprint and _fits(found)
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    """Whether the values are of their columns' types."""
+    for name, kind in MEASURED_COLUMNS.items():
+        value = row.get(name)
+        if value is None:
+            continue
+        if kind == "string":
+            fits = isinstance(value, str)
+        elif kind == "boolean":
+            fits = isinstance(value, bool)
+        elif kind.startswith(("Int", "int")):
+            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            fits = whole and not isinstance(value, bool) and abs(value) < 2**63
+        elif kind.startswith(("Float", "float")):
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        else:
+            fits = True
+        if not fits:
+            return False
+    return True
+
+
+def _lines(path: Path, fingerprint: str, containing: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Read the lines; a bad last one (the crash came while it was written) is passed over."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -169,14 +261,15 @@ def _lines(path: Path, containing: bytes = b"") -> Iterator[dict[str, Any]]:
                 return
             if not line.startswith(containing):
                 continue
-            try:
-                yield json.loads(line)
-            except ValueError:
-                if file.read(1):
-                    raise MeasurementError(
-                        f"line {number} of the journal {path} is not a run: the file was damaged; "
-                        "move it away and run the command again to measure afresh"
-                    ) from None
+            found = _parsed(line)
+            if found is not None and _is_line(found, fingerprint):
+                yield found
+            elif file.read(1):
+                raise MeasurementError(
+                    f"line {number} of the journal {path} is not a run of these conditions: the "
+                    f"file was damaged; to go on without it: sed -i {number}d {shlex.quote(str(path))}"
+                    " (its runs are measured again), or move the file away to measure afresh"
+                )
 
 
 def _packs(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -190,33 +283,30 @@ def _packs(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield pack
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Hold the file for this process alone, where the system can (not on Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise MeasurementError(
-            f"another run is writing the journal {path}; wait for it to end, or choose another "
-            "output_dir"
-        ) from None
+def _cut_bad_end(file: IO[bytes], path: Path, fingerprint: str) -> None:
+    """Cut a last line that is not whole, or the next run would be merged with it and lost.
 
-
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut what follows the last line end, or the next run would be merged with it and lost."""
+    What is cut is kept beside the journal, in ``<fingerprint>.cut``.
+    """
     size = file.seek(0, os.SEEK_END)
-    position = size
-    while position:
+    keep = _start_of_last_line(file, size)
+    file.seek(keep)
+    line = file.read(size - keep)
+    if line.endswith(b"\n") and (keep == 0 or _is_line(_parsed(line), fingerprint)):
+        return
+    if line:
+        with path.with_suffix(".cut").open("ab") as cut:
+            cut.write(line.rstrip(b"\n") + b"\n")
+        file.truncate(keep)
+
+
+def _start_of_last_line(file: IO[bytes], size: int) -> int:
+    position = size - 1  # its own line end, if it has one, does not end another
+    while position > 0:
         step = min(position, 1 << 16)
         file.seek(position - step)
         found = file.read(step).rfind(b"\n")
         if found >= 0:
-            position += found + 1 - step
-            break
+            return position - step + found + 1
         position -= step
-    if position < size:
-        file.truncate(position)
+    return 0

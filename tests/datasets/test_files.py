@@ -28,6 +28,7 @@ from vlm_latency.datasets import (
     RecordLog,
     TableFolder,
 )
+from vlm_latency.datasets.atomic import TEMPORARY, replacing
 from vlm_latency.errors import DataError
 from vlm_latency.journal import Journal
 
@@ -193,3 +194,17 @@ class TestPreviews:
         assert self.kind(dataset) == "JSONPreview"
         found = {"aa": {"runs": 1, "conditions": {"model": "null"}}}
         assert json.loads(dataset.preview()) == found
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_kept(tmp_path: Path) -> None:
+    left = tmp_path / f".x-abc{TEMPORARY}.json"
+    left.touch()
+    path = tmp_path / "x.json"
+    with replacing(path) as living:
+        assert not left.exists()
+        with replacing(path) as second:
+            second.write_text("2")
+        assert living.exists()
+        living.write_text("1")
+    assert path.read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -17,6 +17,7 @@ from vlm_latency.experiments import measured
 from vlm_latency.options import Options
 from vlm_latency.page import build_page, collect_results
 from vlm_latency.page.collect import Study
+from vlm_latency.results import result_path
 from vlm_latency.statistics import compare_paired
 
 
@@ -246,3 +247,27 @@ def test_results_of_another_hand_are_shown_for_what_they_are(tmp_path):
 def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
     text = Reader(build_page(collect_results(tmp_path))).text
     assert text.count("kedro run --pipeline") == 11  # ten studies and, once more, calibration
+
+    assert text.count("kedro run --pipeline") == 10  # nine studies and, once more, calibration
+
+
+def test_what_a_killed_writer_left_and_broken_pictures_are_no_obstacle(folder: Path) -> None:
+    figures = folder / "exp1" / "figures"
+    (figures / ".x.png").touch()
+    (figures / "broken.png").write_bytes(b"no picture")
+    page = build_page(collect_results(folder))
+    assert "broken.png cannot be read" in page
+    assert ".x.png" not in page
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"statistics": [1]}, {"claims": 3}, {"coverage": {"sessions": [3]}}, {"environment": "x"}],
+)
+def test_one_broken_result_hides_no_other(folder: Path, fault: dict) -> None:
+    path = result_path(folder, "exp1")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fault}))
+    page = build_page(collect_results(folder))
+    Reader(page)
+    assert 'id="exp3"' in page
+    assert 'id="exp1"' in page

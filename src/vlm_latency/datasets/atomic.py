@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import gzip
 import json
 import os
@@ -18,8 +20,11 @@ from kedro_datasets.json import JSONDataset
 from kedro_datasets.pandas import ParquetDataset
 
 from vlm_latency.errors import DataError
+from vlm_latency.locks import take
 from vlm_latency.results import read_json, result_path
 from vlm_latency.statistics import plain
+
+TEMPORARY = ".part"  # before the suffix of a file that is being written
 
 
 @contextmanager
@@ -31,14 +36,16 @@ def replacing(path: Path) -> Iterator[Path]:
     DataError
         When the folder cannot be written or the disk is full; the old file stays.
     """
-    temporary = None
+    temporary = held = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+            dir=path.parent, prefix=f".{path.stem}-", suffix=f"{TEMPORARY}{path.suffix}"
         )
-        os.close(handle)
         temporary = Path(name)
+        held = os.fdopen(handle)
+        take(held)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
@@ -55,6 +62,16 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if held is not None:
+            held.close()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of this file left; one that is at work holds its own."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}-*{TEMPORARY}{path.suffix}"):
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            if take(file):
+                left.unlink()
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from vlm_latency.plots.notation import interval, number
 FIGURE_WIDTH = 1800  # pixels; the file at full resolution is linked
 PIXELS_PER_INCH = 100  # on the page
 
+log = logging.getLogger("vlm_latency")
 
 COVERAGE = ("planned", "measured", "failed", "missing")
 # Where conf/base has another default than the library: a repeating command always says these.
@@ -39,8 +41,28 @@ def build_page(found: Mapping[str, Study]) -> str:
     Returns
     -------
     str
-        One HTML file that asks for nothing else: style, scripts and figures are inside.
+        One HTML file that asks for nothing else: style, scripts and figures are inside. A study
+        whose result is not as this project writes it is a line on it and hides no other.
     """
+    try:
+        return _render(found)
+    except Exception:  # whichever way a file is wrong
+        return _render({name: _sound(study) for name, study in found.items()})
+
+
+def _sound(study: Study) -> Study:
+    """Give the study back, or, where it cannot be shown, its files and why."""
+    try:
+        _render({study.name: study})
+    except Exception as error:
+        log.debug("%s cannot be shown", study.name, exc_info=True)
+        why = f"its result is not as this project writes it ({type(error).__name__}: {error})"
+        again = f"run 'kedro run --pipeline {study.name}' again"
+        return Study(study.name, None, files=study.files, problem=f"{why}; {again}")
+    return study
+
+
+def _render(found: Mapping[str, Study]) -> str:
     here = jinja2.PackageLoader("vlm_latency.page", ".")
     templates = jinja2.Environment(
         loader=here,
@@ -209,7 +231,12 @@ def _figure(path: Path) -> dict[str, Any]:
     from PIL import Image
 
     buffer = io.BytesIO()
-    with Image.open(path) as image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return {"problem": f"{path.name} cannot be read: {error}"}
+    with image:
         inches = image.width / image.info.get("dpi", (300, 300))[0]
         small = image.convert("RGB")
         small.thumbnail((FIGURE_WIDTH, 4 * FIGURE_WIDTH), Image.Resampling.LANCZOS)
@@ -218,13 +245,13 @@ def _figure(path: Path) -> dict[str, Any]:
         flat.putpalette(white)  # the octree's white is a little grey beside the page's
         flat.save(buffer, "PNG")
     data = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"data": data, "width": round(inches * PIXELS_PER_INCH)}
+    return {"problem": "", "data": data, "width": round(inches * PIXELS_PER_INCH)}
 
 
 def _table(path: Path) -> dict[str, Any]:
     try:
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         return {"name": path.stem, "problem": f"{path.name} cannot be read: {error}"}
     rows = [
         [("" if pd.isna(v) else v, "" if pd.isna(v) else _cell(v)) for v in row]

@@ -49,9 +49,9 @@ def collect_results(root: str | Path) -> dict[str, Study]:
         if not path.is_file():
             continue
         result, problem = _read(path)
-        figures = tuple(sorted((folder / "figures").glob("*.png")))
-        tables = tuple(sorted((folder / "tables").glob("*.csv")))
-        beside = sorted(p for p in folder.glob("*") if p.is_file() and p != path)
+        figures = tuple(_visible(folder / "figures", "*.png"))
+        tables = tuple(_visible(folder / "tables", "*.csv"))
+        beside = [p for p in _visible(folder, "*") if p != path]
         drawn = [p for figure in figures for p in (figure, figure.with_suffix(".pdf"))]
         written = [p for table in tables for p in (table, table.with_suffix(".tex"))]
         files = [p for p in (path, *beside, *drawn, *written) if p.is_file()]
@@ -66,10 +66,17 @@ def collect_results(root: str | Path) -> dict[str, Study]:
     return found
 
 
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """List files but those whose name begins with a dot: half-written ones and locks."""
+    return sorted(
+        path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")
+    )
+
+
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return None, f"{path.name} cannot be read: {error}"
     if not isinstance(result, dict):
         kind = type(result).__name__
