@@ -95,13 +95,40 @@ def test_the_null_model_needs_no_torch() -> None:
     assert found["model"]["device"] == "cpu"
 
 
-def test_weights_in_a_folder_are_told_apart(tmp_path: Path) -> None:
-    revision = lambda: module._revision(ModelOptions(name=str(tmp_path)))  # noqa: E731
-    (tmp_path / "model.safetensors").write_bytes(b"12")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ],
+)
+def test_a_checkpoint_in_a_folder_is_known_by_its_contents(tmp_path: Path, name: str) -> None:
+    def revision() -> str | None:
+        return module._revision(ModelOptions(name=str(tmp_path)))
+
+    (tmp_path / name).write_bytes(b'{"max_crops": 12}')
     first = revision()
     assert first == revision()
-    (tmp_path / "model.safetensors").write_bytes(b"123")
+    (tmp_path / "README.md").write_text("notes")
+    assert revision() == first
+    (tmp_path / name).write_bytes(b'{"max_crops": 22}')  # of the same size
     assert revision() != first
+
+
+@pytest.mark.parametrize("settings", ["image_settings", "processor_settings"])
+def test_settings_of_a_zoo_file_change_the_fingerprint(tmp_path: Path, settings: str) -> None:
+    zoo = tmp_path / "zoo.yml"
+    marks = set()
+    for value in (1, 2):
+        said = f"{settings}: {{some: {value}}}, config: {{model_type: molmo}}"
+        zoo.write_text(f"models:\n  mine: {{{said}}}\n")
+        options = ModelOptions(name="mine", zoo_file=str(zoo))
+        marks.add(module._zoo(options, "molmo"))
+    assert len(marks) == 2
 
 
 def test_the_code_hash_covers_what_runs_while_the_clock_does(

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
         "model_type": architecture.model_type,
         "config_sha256": _sha256(config),
         "weights": kind,
-        "revision": None if kind == "random" else _revision(options),
+        "revision": None if kind == "random" else _revision(options, architecture.hub_id),
+        "zoo_sha256": _zoo(options, architecture.model_type),
         "seed": options.seed if kind == "random" else None,
         "device": str(resolve_device(options)),
         "dtype": dtype_name(options),
@@ -170,8 +172,19 @@ def _encoder_backend(options: ModelOptions, architecture: Any) -> str | None:
     return encoder_backend(config, device, resolve_dtype(options, device))
 
 
-def _revision(options: ModelOptions) -> str | None:
-    """Which weights: a folder by its files' names and sizes, a hub id by its commit.
+def _zoo(options: ModelOptions, model_type: str) -> str:
+    """What the zoo, or the user's own, says of a model: prompt, tokens, settings of its processor."""
+    from vlm_latency.models.zoo import load_zoo
+
+    zoo = load_zoo(options.zoo_file)
+    said = [zoo.families.get(model_type), zoo.models.get(str(options.name))]
+    return _sha256(json.dumps([asdict(part) if part else None for part in said]).encode())
+
+
+def _revision(options: ModelOptions, hub_id: str | None = None) -> str | None:
+    """Which weights: a folder by its files' contents, a hub id by its commit.
+
+    Every file counts: processor, tokenizer, chat template and code change numbers as well.
 
     A user's own file stands for the model that it makes.
     """
@@ -179,14 +192,34 @@ def _revision(options: ModelOptions) -> str | None:
 
     if own := own_file(options.name):
         return _sha256(own[0].read_bytes())
-    folder = Path(str(options.name))
+    source = str(hub_id or options.name)
+    folder = Path(source)
     if folder.is_dir():
-        files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
-        return _sha256(json.dumps(files).encode())
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and _read_by_a_model(p, folder))
+        hashes = []
+        for path in files:
+            state = path.stat()
+            contents = _contents(path, state.st_size, state.st_mtime_ns)
+            hashes.append((path.relative_to(folder).as_posix(), contents))
+        return _sha256(json.dumps(hashes).encode())
     from huggingface_hub import try_to_load_from_cache
 
-    kept = try_to_load_from_cache(str(options.name), "config.json", revision=options.revision)
+    kept = try_to_load_from_cache(source, "config.json", revision=options.revision)
     return Path(kept).parent.name if isinstance(kept, str) else options.revision
+
+
+def _read_by_a_model(path: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint may change a number: no notes, nothing hidden, no caches."""
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return not hidden and path.suffix.lower() != ".md"
+
+
+@cache
+def _contents(path: Path, size: int, changed_ns: int) -> str:
+    """Hash a file; read again only when its size or its time of change is another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hardware(device: str) -> dict[str, Any]:
