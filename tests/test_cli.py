@@ -263,7 +263,7 @@ def test_an_interruption_says_that_nothing_is_lost(
 
     monkeypatch.setattr("vlm_latency.hooks.check", interrupt)
     result = run("--pipeline", "exp1")
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert "the same command continues where it stopped" in result.output
 
 
@@ -362,3 +362,46 @@ def test_the_guard_against_connections_does_guard(tmp_path: Path) -> None:
         check=False,
     )
     assert "a look-up of 192.0.2.1" in done.stderr
+
+
+def test_sigterm_keeps_the_rows_of_its_chunk(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from vlm_latency.instrument.session import Session\n"
+        "measured = Session.run\n"
+        "count = 0\n"
+        "def call(self, *args, **given):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return measured(self, *args, **given)\n"
+        "Session.run = call\n"
+        "from kedro.framework.cli.cli import main\n"
+        "sys.argv = ['kedro', 'run', '--env', 'smoke', '--pipeline', 'exp1', '--params',\n"
+        f"    '{NULL},output_dir={tmp_path},measurement.chunk_size=64']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PROJECT
+    )
+    assert done.returncode == 143, done.stderr
+    assert "Terminated. Finished runs are kept" in done.stderr
+    (journal,) = (tmp_path / "exp1" / "journal").glob("*.jsonl")
+    assert journal.read_bytes().count(b'"request_id"') == 4
+
+
+def test_telemetry_is_off_from_whichever_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from kedro.framework.startup import bootstrap_project\n"
+        f"bootstrap_project(Path({str(PROJECT)!r}))\n"
+        "from vlm_latency import cli\n"
+        "from kedro_telemetry.plugin import _check_for_telemetry_consent\n"
+        "print(_check_for_telemetry_consent(Path.cwd()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split()[-1] == "False"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import clear_frames
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 import yaml
 from kedro.framework.cli.project import run as kedro_run
 
+from vlm_latency import settings  # noqa: F401 (before Kedro's telemetry asks)
 from vlm_latency.errors import UserError
 
 # How Kedro's own sentences about a mistyped command begin.
@@ -28,6 +30,10 @@ KEDRO_REFUSALS = (
 @click.group(name="vlm-latency")
 def cli() -> None:
     """Commands of the vlm-latency project."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The system, a scheduler or a container ends the command."""
 
 
 class Run(click.Command):
@@ -53,12 +59,17 @@ def _wants_traceback() -> bool:
 
 @contextmanager
 def _one_message(traceback: bool) -> Iterator[None]:
+    before = _interrupt_when_terminated()
     try:
         yield
-    except (KeyboardInterrupt, click.Abort):
-        raise SystemExit(
-            "\nInterrupted. Finished runs are kept: the same command continues where it stopped."
-        ) from None
+    except (KeyboardInterrupt, click.Abort) as error:
+        terminated = isinstance(error, Terminated)
+        told = "Terminated" if terminated else "Interrupted"
+        click.echo(
+            f"\n{told}. Finished runs are kept: the same command continues where it stopped.",
+            err=True,
+        )
+        raise SystemExit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None
     except click.ClickException:
         raise
     except Exception as error:
@@ -67,6 +78,26 @@ def _one_message(traceback: bool) -> Iterator[None]:
             raise
         clear_frames(error.__traceback__)  # ends a measurement's progress bar, and its line
         raise click.ClickException(f"{found}\n(--traceback shows where)") from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt_when_terminated() -> Any:
+    """Let SIGTERM end a command as Ctrl-C does, with its finished runs on the disk.
+
+    Returns
+    -------
+    handler or None
+        What SIGTERM did before; None outside of the main thread, where it cannot be changed.
+    """
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    with suppress(ValueError):
+        return signal.signal(signal.SIGTERM, terminate)
+    return None
 
 
 def user_error(error: BaseException | None) -> str | None:
