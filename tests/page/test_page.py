@@ -248,8 +248,6 @@ def test_an_empty_folder_gives_a_page_that_says_so(tmp_path):
     text = Reader(build_page(collect_results(tmp_path))).text
     assert text.count("kedro run --pipeline") == 11  # ten studies and, once more, calibration
 
-    assert text.count("kedro run --pipeline") == 10  # nine studies and, once more, calibration
-
 
 def test_what_a_killed_writer_left_and_broken_pictures_are_no_obstacle(folder: Path) -> None:
     figures = folder / "exp1" / "figures"
