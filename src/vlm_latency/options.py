@@ -42,6 +42,7 @@ from vlm_latency.option_types import (
 )
 
 COMPILED = ("compiled", "compiled-all", "loop")  # engines whose decode step is one graph
+CAPTURED = COMPILED[1:]  # engines whose encoder, projector and prefill are graphs too
 
 
 def _quoted(value: Any) -> Any:

@@ -190,6 +190,7 @@ def test_generated_code_writes_the_same_tokens(qwen: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # the compiler tells of its choices
 @pytest.mark.parametrize("engine", ["static", *COMPILED])
 def test_captured_graphs_write_the_tokens_of_eager(family: Any, engine: str) -> None:
     """In float32, where no two logits tie; two engines after each other on one model."""

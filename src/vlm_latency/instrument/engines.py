@@ -39,7 +39,7 @@ from vlm_latency.instrument import graphs
 from vlm_latency.instrument.graphs import Part
 from vlm_latency.instrument.kept_cache import KeptCache
 from vlm_latency.models.boundaries import replaced
-from vlm_latency.options import COMPILED
+from vlm_latency.options import CAPTURED, COMPILED
 
 PROMPT_STEP = 32  # a compiled prefill runs at the next multiple of this many positions
 CACHE_STEP = 64  # a cache that was given no length grows by multiples of this
@@ -106,7 +106,7 @@ class Engine:
         self._config = self._compile_config()
         self._step: Callable[..., Any] | None = None
         self._vision: list[tuple[nn.Module, Part]] = []
-        if name in ("compiled-all", "loop"):
+        if name in CAPTURED:
             self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
             self._vision = self._vision_parts()
 
@@ -216,7 +216,7 @@ class Engine:
             embeds = kwargs.get("inputs_embeds")
             given = embeds if embeds is not None else kwargs["input_ids"]
             # The first request of a cache makes its tensors, which a graph must find in place.
-            ready = self.name in ("compiled-all", "loop") and cache.is_initialized
+            ready = self.name in CAPTURED and cache.is_initialized
             if ready and embeds is not None and not args:
                 output = self._prefill(original, **kwargs)
             else:

@@ -25,7 +25,7 @@ from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
 from vlm_latency.models import thread_count
 from vlm_latency.models.requests import check_prompt
-from vlm_latency.options import COMPILED, MeasurementOptions
+from vlm_latency.options import CAPTURED, COMPILED, MeasurementOptions
 from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS, Row
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Session:
                 visit=self._visit,
                 grows=self._grows,
                 compiles=engine in COMPILED,
+                captures=engine in CAPTURED,
                 say=say,
             )
             self.log.warmup += warm_up.shapes(rows)

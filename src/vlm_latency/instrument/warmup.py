@@ -67,6 +67,9 @@ class WarmUp:
         Whether keys grow with every decode step; a static cache has all of its length at once.
     compiles
         Whether the first decode step will be compiled.
+    captures
+        Whether a prefill is captured per range of lengths: the lengths that were tried may lie in
+        one range, and a new range takes seconds.
     say
         Shows what is being done.
     """
@@ -83,6 +86,7 @@ class WarmUp:
         visit: Callable[[Prepared, int], Visit],
         grows: bool,
         compiles: bool,
+        captures: bool,
         say: Callable[[str], None],
     ) -> None:
         self.options = options
@@ -90,7 +94,7 @@ class WarmUp:
         self.shift = 0  # of the real length of a prompt against the estimated one
         self._image_counts, self._text_tokens = image_counts, text_tokens
         self._num_tokens, self._prepare, self._visit_once = num_tokens, prepare, visit
-        self._grows, self._compiles = grows, compiles
+        self._grows, self._compiles, self._captures = grows, compiles, captures
         self._say = say
 
     def shapes(self, rows: list[Row]) -> list[Row]:
@@ -141,7 +145,7 @@ class WarmUp:
         if waiting and missing > 0:
             tried, waiting = waiting[-missing:], waiting[:-missing]  # the shortest cost least
             self._try_prompts(tried)
-        if not cost.costs:
+        if not (cost.costs or self._captures):
             return
         for number, row in enumerate(waiting, 1):
             self._say(f"warming up: {number} of {len(waiting)} lengths")
