@@ -9,6 +9,7 @@ from torch import nn
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument import graphs
+from vlm_latency.instrument.clock import HostClock
 from vlm_latency.instrument.methods import (
     METERS,
     Meter,
@@ -18,6 +19,7 @@ from vlm_latency.instrument.methods import (
     make_meter,
     quiet,
 )
+from vlm_latency.instrument.timeline import Timeline
 from vlm_latency.options import COMPILED
 from vlm_latency.records import COMPONENTS, TIME_COLUMNS
 
@@ -198,6 +200,18 @@ def test_no_collection_inside_the_region(llava: Any) -> None:
         assert not gc.isenabled()  # as it was found
     finally:
         gc.enable()
+
+
+def test_a_device_clock_has_its_twin_on_the_host(llava: Any) -> None:
+    """Two host clocks in place of a GPU's: each time has both, the parts of both add up."""
+    vlm, prepared = llava
+    meter = make_meter(vlm)
+    meter.timeline = Timeline(HostClock(), HostClock())
+    times = meter(prepared, 3).times
+    parts = ("T_vision_total", "T_LLM_prefill", "T_LLM_decode", "T_other")
+    for twin in ("", "_host"):
+        assert sum(times[part + twin] for part in parts) == pytest.approx(times["T_total" + twin])
+    assert times["T_reduction"] is times["T_reduction_host"] is None  # nothing was reduced
 
 
 def test_a_static_cache_does_not_remember_longer_requests(llava: Any) -> None:

@@ -292,7 +292,7 @@ class TimelineMeter(Meter):
             times.update(host)
         else:
             times.update(intervals(device_marks, len(tokens)))
-            times.update({name: host[name[:-5]] for name in _TIMES if name.endswith("_host")})
+            times.update({name: host.get(name[:-5]) for name in _TIMES if name.endswith("_host")})
         return Reading(
             times=times,
             token_ids=tokens,
