@@ -50,6 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        held.close()  # where a file that is open cannot be moved
         temporary.replace(path)
     except (OSError, DatasetError) as error:
         cause = error.__cause__ if isinstance(error, DatasetError) else error
