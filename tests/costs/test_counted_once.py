@@ -174,3 +174,30 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     assert tiny().flops(SHAPE, "counted") == tiny().flops(SHAPE)
     monkeypatch.setenv("VLM_LATENCY_CACHE", "off")
     assert tiny().memory.path is None
+
+
+def test_crops_that_are_not_the_images_own_are_not_remembered(folder: Path) -> None:
+    """A method that made a large image smaller must not teach what a small image costs."""
+    molmo = describe(ModelOptions(name="tiny-molmo"))
+    small, large = molmo.image_tokens(240, 320), molmo.image_tokens(640, 480)
+    seen = RequestShape(
+        image_width=np.array([640, 640]),
+        image_height=np.array([480, 480]),
+        num_total_tokens=800,
+        num_vision_tokens=np.array([small.num_vision_tokens, large.num_vision_tokens]),
+        num_crops=np.array([small.num_crops, large.num_crops]),
+        num_vision_patches=np.array([small.num_vision_patches, large.num_vision_patches]),
+        num_output_tokens=1,
+    )
+    CostModel(molmo).flops(seen, "counted")
+    costs = CostModel(describe(ModelOptions(name="tiny-molmo")))
+    own = RequestShape(
+        image_width=240,
+        image_height=320,
+        num_total_tokens=400,
+        num_vision_tokens=small.num_vision_tokens,
+        num_crops=small.num_crops,
+        num_vision_patches=small.num_vision_patches,
+        num_output_tokens=1,
+    )
+    assert costs.flops(own, "counted")["vision"] == costs.flops(own, "analytic")["vision"]

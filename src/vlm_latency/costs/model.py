@@ -261,7 +261,14 @@ class CostModel:
             )
             if key[0] and _name(key) not in known
         }
-        known |= {_name(key): counts for key, counts in self._count_images(images).items()}
+        # A method that makes an image smaller leaves the request's own: what is counted of that one
+        # must neither stand for the crops that were seen nor be remembered as theirs.
+        odd = {key: size for key, size in images.items() if not self._cut_so(size, key)}
+        own = {key: size for key, size in images.items() if key not in odd}
+        known |= {_name(key): counts for key, counts in self._count_images(own).items()}
+        known = dict(known)
+        for key, size in odd.items():
+            known[_name(key)] = self._count_images({key: size})[key]
         none = (0,) * len(COUNTS)
         return tuple(
             _look_up(
@@ -273,6 +280,11 @@ class CostModel:
             )
             for part in ("vision", "projector")
         )
+
+    def _cut_so(self, size: list[int], key: tuple[int, ...]) -> bool:
+        """Whether an image of this size becomes the crops and patches of the key."""
+        counts = self.architecture.image_tokens(*size)
+        return (counts.num_crops, counts.num_vision_patches) == key[:2]
 
     def _count_images(
         self, images: dict[tuple[int, ...], list[int]]
