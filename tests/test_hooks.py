@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline, node
 from kedro.runner import SequentialRunner, ThreadRunner
 
@@ -51,7 +51,9 @@ def context(project: Path, **parameters: Any) -> Any:
 
 def before(hook: hooks.ProjectHooks, pipeline: Pipeline, **run_params: Any) -> None:
     asked = {"runner": "None", "only_missing_outputs": False, **run_params}
-    hook.before_pipeline_run(run_params=asked, pipeline=pipeline, catalog=DataCatalog())
+    hook.before_pipeline_run(
+        run_params=asked, pipeline=pipeline, catalog=DataCatalog({"a": MemoryDataset(1)})
+    )
 
 
 def test_parameters_are_validated_with_the_context(tmp_path: Path) -> None:
@@ -107,17 +109,28 @@ def test_the_closing_line_says_where_the_results_are(
     assert ("index.html" in line) is page
 
 
+def test_a_part_of_a_pipeline_that_lacks_what_nothing_keeps_is_refused(
+    hook: hooks.ProjectHooks,
+) -> None:
+    report = Pipeline([node(identity, "coverage", "result", name="report")], namespace="exp1")
+    with pytest.raises(UserError, match=r"needs exp1.coverage, .* 'kedro run --pipelines exp1'"):
+        before(hook, report)
+
+
 def test_a_second_command_is_refused_before_anything_is_written(
     hook: hooks.ProjectHooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hooks, "check", lambda *_, **__: [])
-    writing = Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp1")
+    writing = Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp1", inputs="a")
     second = hooks.ProjectHooks()
     second.after_context_created(context(tmp_path, output_dir="results"))
     before(hook, writing)
     with pytest.raises(MeasurementError, match=r"exp1 is in use by process \d+ on "):
         before(second, writing)
-    before(second, Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp2"))
+    before(
+        second,
+        Pipeline([node(identity, "a", "requests", name="draw")], namespace="exp2", inputs="a"),
+    )
     hook.on_pipeline_error()
     before(second, writing)
     second.on_pipeline_error()

@@ -125,7 +125,7 @@ def measure(
     Raises
     ------
     MeasurementError
-        When more than one run and more than ``max_failures`` (1 %) of them fail.
+        When more than ``max_failures`` (1 %, rounded up) of the runs fail.
     UserError
         For an unknown option, requests that are none, or a model that cannot be measured.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import warnings
@@ -19,7 +20,7 @@ from vlm_latency.errors import UserError
 
 # How Kedro's own sentences about a mistyped command begin.
 KEDRO_REFUSALS = (
-    "Failed to find the pipeline",
+    "Pipeline contains no nodes",
     "Pipeline does not contain",
     "Pipeline input(s)",
     "Given configuration path either does not exist",
@@ -50,7 +51,29 @@ class Run(click.Command):
         for known in (".*'--(pipeline|async)' is deprecated", "Parameters not found"):
             warnings.filterwarnings("ignore", message=known)
         with _one_message(traceback):
+            if names := ctx.params["pipelines"]:
+                ctx.params["pipelines"] = [_together(names)]  # one pipeline, in its own order
+            elif ctx.params["pipeline"]:
+                ctx.params["pipeline"] = _together(ctx.params["pipeline"].split(","))
             return super().invoke(ctx)
+
+
+def _together(names: list[str]) -> str:
+    """Name the pipeline of several pipelines.
+
+    Raises
+    ------
+    UserError
+        With the nearest right name for one that is none.
+    """
+    from kedro.framework.project import pipelines
+
+    if unknown := [name for name in names if name not in pipelines.keys()]:  # noqa: SIM118 (lazy)
+        near = difflib.get_close_matches(unknown[0], pipelines.keys(), n=1)
+        asked = f"; did you mean '{near[0]}'?" if near else ""
+        known = ", ".join(name for name in pipelines.keys() if name.isidentifier())  # noqa: SIM118
+        raise UserError(f"there is no pipeline '{unknown[0]}'{asked} Known are {known}")
+    return ",".join(dict.fromkeys(names))
 
 
 def _wants_traceback() -> bool:

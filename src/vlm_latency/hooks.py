@@ -12,7 +12,7 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Pipeline
 
-from vlm_latency.errors import MeasurementError
+from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.experiments import EXPERIMENTS, studies
 from vlm_latency.locks import lock_folder
 from vlm_latency.preflight import check, refuse_contradictions
@@ -61,6 +61,13 @@ class ProjectHooks:
             )
         refuse_contradictions(self._options, pipeline.all_outputs())
         inputs = pipeline.inputs()
+        if unmade := sorted(name for name in inputs if name not in catalog):
+            studied = list(dict.fromkeys(name.partition(".")[0] for name in unmade))
+            raise UserError(
+                f"this part of the pipeline needs {', '.join(unmade)}, which other nodes make and "
+                f"nothing keeps; run 'kedro run --pipelines {','.join(studied)}': what was "
+                "measured is not measured again"
+            )
         for line in check(
             self._options,
             self._root,

@@ -1,8 +1,13 @@
-"""The pipelines: every experiment of `vlm_latency.experiments`, the phases, ``all``, the analyses."""
+"""The pipelines: every experiment of `vlm_latency.experiments`, the phases, ``all``, the analyses.
+
+Several names with commas between them are one pipeline, in which an experiment that reads another's
+result reads the one of the same command: ``exp1,exp3``.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 
 from kedro.pipeline import Pipeline
@@ -19,36 +24,60 @@ from vlm_latency.pipelines import (
 
 
 def register_pipelines() -> dict[str, Pipeline]:
-    """Give every pipeline by its name; a phase's experiments take turns on the device."""
+    """Give every pipeline by its name; those of one command take turns on the device."""
+    phases = dict.fromkeys(row.phase for row in EXPERIMENTS.values())
+    names = (*EXPERIMENTS, *phases, "all", "__default__", *ANALYSES)
+    return _Together({name: _compose(name) for name in names})
+
+
+class _Together(dict[str, Pipeline]):
+    """Pipelines by name; names with commas between them are composed when they are asked for."""
+
+    def __missing__(self, names: str) -> Pipeline:
+        parts = names.split(",")
+        if not all(name in self for name in parts):
+            raise KeyError(names)
+        self[names] = _compose(*parts)
+        return self[names]
+
+
+def _compose(*names: str) -> Pipeline:
+    """Chain what is named: experiments in the order of their table, then the analyses."""
+    rows = [row for row in EXPERIMENTS.values() if any(_names(name, row) for name in names)]
     with warnings.catch_warnings():
         # An experiment that reads another's result reads across namespaces, and means to.
         warnings.filterwarnings("ignore", message="One or more dataset names contain '.'")
-        return _pipelines()
+        return _study(rows, [name for name in ANALYSES if name in names])
 
 
-def _pipelines() -> dict[str, Pipeline]:
-    rows = EXPERIMENTS.values()
-    found = {row.name: _study(row) for row in rows}
-    for phase in dict.fromkeys(row.phase for row in rows):
-        found[phase] = _study(*(row for row in rows if row.phase == phase))
-    found["all"] = found["__default__"] = _study(*(row for row in rows if row.phase in ALL))
-    for name in ANALYSES:
-        own: Pipeline = import_module(f"vlm_latency.pipelines.{name}").create_pipeline()
-        found[name] = own + reporting.create_page([f"{name}.result"])
-    return found
+def _names(name: str, row: Experiment) -> bool:
+    return name in (row.name, row.phase) or (name in ("all", "__default__") and row.phase in ALL)
 
 
-def _study(*rows: Experiment) -> Pipeline:
+def _study(rows: Sequence[Experiment], analyses: Sequence[str]) -> Pipeline:
     """Chain experiments: each is measured when the results of the one before are on disk."""
     names = [row.name for row in rows]
     before = dict(zip(names[1:], names, strict=False))
     parts = [_experiment(row, before.get(row.name), names) for row in rows]
-    page = reporting.create_page([f"{name}.result" for name in names])
+    parts += [_analysis(name, names) for name in analyses]
+    page = reporting.create_page([f"{name}.result" for name in (*names, *analyses)])
     start = calibration.ceilings() if any(row.measures for row in rows) else Pipeline([])
     return sum(parts, start) + page
 
 
-def _experiment(row: Experiment, before: str | None, together: list[str]) -> Pipeline:
+def _analysis(name: str, together: Sequence[str]) -> Pipeline:
+    """Give an analysis; an earlier result that the same command makes is taken from it."""
+    own: Pipeline = import_module(f"vlm_latency.pipelines.{name}").create_pipeline()
+    made = {
+        f"{row.name}.{dataset}": f"{maker}.result"
+        for row in EXPERIMENTS.values()
+        for dataset, maker in row.earlier.items()
+        if maker in together and f"{row.name}.{dataset}" in own.inputs()
+    }
+    return Pipeline(own, inputs=made)
+
+
+def _experiment(row: Experiment, before: str | None, together: Sequence[str]) -> Pipeline:
     """Compose one experiment of the four modular pipelines, under its namespace.
 
     Parameters

@@ -206,6 +206,17 @@ def test_too_many_failures_stop_the_run_with_a_summary(
     assert coverage["measured"] == 24
 
 
+def test_no_failure_is_allowed_where_none_is(
+    measured: Callable[..., Measured], dataset: Any
+) -> None:
+    dataset.break_image(2, "corrupt")
+    with pytest.raises(MeasurementError, match=r"1 of \d+ runs failed, more than .*=0 of 24"):
+        measured(measurement__max_failures=0)
+    dataset.write_image(2)
+    table, _ = measured(measurement__max_failures=0)
+    assert (table["status"] == "ok").all()
+
+
 def test_a_part_is_reported_only_when_asked_for(
     measured: Callable[..., Measured],
     monkeypatch: pytest.MonkeyPatch,

@@ -89,6 +89,17 @@ def test_earlier_results_are_those_of_the_same_command_where_it_makes_them(regis
         assert {"exp3.result", "exp4.result"} <= registry[name].all_outputs()
 
 
+def test_names_with_commas_are_one_pipeline(registry: dict) -> None:
+    assert "exp1,nothing" not in registry
+    with pytest.raises(KeyError):
+        registry["exp1,nothing"]
+    together = registry["predict,phase2"]
+    made = {name for name in together.all_outputs() if name.endswith(".result")}
+    assert made == {"exp3.result", "exp4.result", "exp5.result", "predict.result"}
+    assert not {"exp5.vision", "exp5.language"} & together.inputs()
+    assert [node.name for node in together.nodes].count("publish") == 1
+
+
 def test_each_experiment_is_a_box_of_its_stages(registry: dict) -> None:
     stages = {"options", "data_sampling", "measurement", "flops_estimation", "reporting"}
     for name in ("exp1", "exp2", "exp3", "exp4"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import platform
 import sys
@@ -76,7 +77,7 @@ def measure(
     Raises
     ------
     MeasurementError
-        When more runs failed than ``max(1, max_failures × planned runs)``. The rows measured
+        When more runs failed than ``max_failures × planned runs``, rounded up. The rows measured
         until then come first, as they do when the user interrupts.
     """
     log = log if log is not None else SessionLog()
@@ -167,7 +168,7 @@ def _runs(
     """Make the runs that are left, of so many that were planned, with each model in turn."""
     rows = {row["request_id"]: row for row in plain_rows(requests)}
     asked = list({run["request_id"]: rows[run["request_id"]] for run in left}.values())
-    allowed = max(1.0, options.max_failures * planned)
+    allowed = math.ceil(options.max_failures * planned)
     generator = np.random.default_rng(options.seed)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
