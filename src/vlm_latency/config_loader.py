@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from kedro.config import OmegaConfigLoader
@@ -33,7 +32,7 @@ class ConfigLoader(OmegaConfigLoader):
     @cached_property
     def _parameters(self) -> dict[str, Any]:
         values = self.options.model_dump()
-        values["output_dir"] = str(Path(values["output_dir"]).expanduser())
+        values["output_dir"] = str(self.options.folder)
         return values
 
     def _parameter(self, path: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
@@ -15,6 +14,7 @@ from kedro.pipeline import Pipeline
 from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.experiments import EXPERIMENTS, studies
 from vlm_latency.locks import lock_folder
+from vlm_latency.option_types import Shard
 from vlm_latency.preflight import check, refuse_contradictions
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,16 @@ class ProjectHooks:
     def after_context_created(self, context: Any) -> None:
         """Validate every parameter at once."""
         self._options = context.config_loader.options
-        self._root = context.project_path / Path(self._options.output_dir).expanduser()
+        self._root = context.project_path / self._options.folder
 
     @hook_impl
     def after_catalog_created(self, catalog: DataCatalog) -> None:
         """Hand the validated parameters to the nodes."""
         catalog["settings"] = MemoryDataset(self._options, copy_mode="assign")
+        if self._options.measurement.shard:  # which is nothing but journals, and waits for nobody
+            for name in EXPERIMENTS:
+                catalog[f"{name}.requests"] = MemoryDataset(copy_mode="assign")
+                catalog[f"{name}.result"] = MemoryDataset(None)
 
     @hook_impl
     def before_pipeline_run(
@@ -59,6 +63,8 @@ class ProjectHooks:
                 "found --only-missing-outputs; a file that exists need not be complete: leave it "
                 "out, the same command measures only what is missing"
             )
+        if shard := self._options.measurement.shard:
+            _only_measure(pipeline, measured, shard)
         refuse_contradictions(self._options, pipeline.all_outputs())
         inputs = pipeline.inputs()
         if unmade := sorted(name for name in inputs if name not in catalog):
@@ -124,4 +130,24 @@ class ProjectHooks:
         self._held.close()
         page = self._root / "report" / "index.html"
         made = f"; open {page}" if "page" in pipeline.all_outputs() else ""
+        if self._options.measurement.shard:
+            log.info(
+                "The journals are in %s; when all shards are measured, the same command without "
+                "measurement.shard gathers them",
+                self._root,
+            )
+            return
         log.info("Results are in %s%s", self._root, made)
+
+
+def _only_measure(pipeline: Pipeline, experiments: list[str], shard: Shard) -> None:
+    """Leave in a pipeline what a shard does: no report is made of a part.
+
+    Kedro runs the object that it shows to the hooks, and asks none of them for another.
+    """
+    if not experiments:
+        raise MeasurementError(
+            f"found measurement.shard={shard} in a command that measures no experiment; leave it out"
+        )
+    measuring = [node.name for node in pipeline.nodes if "measures" in node.tags]
+    vars(pipeline).update(vars(pipeline.only_nodes(*measuring)))

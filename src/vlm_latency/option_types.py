@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, create_model
 
@@ -78,6 +78,31 @@ def _tiling_or_none(value: Any) -> Any:
         raise ValueError(f"{error}, or none") from None
 
 
+class Shard(NamedTuple):
+    """One of so many parts of a plan, counted from 1."""
+
+    number: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder below ``output_dir``."""
+        return f"shard-{self.number}of{self.total}"
+
+
+def _shard(value: Any) -> Any:
+    """Read "3/8"."""
+    if isinstance(value, tuple | list) and len(value) == 2:  # validated before
+        return Shard(*value)
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", str(value))
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError("expected one of N parts as 1/N … N/N, such as 3/8")
+    return Shard(int(match[1]), int(match[2]))
+
+
 Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
 PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
@@ -89,4 +114,5 @@ _AS_WRITTEN = PlainSerializer(lambda pair: f"{pair[0]}x{pair[1]}", when_used="js
 Tiling = Annotated[tuple[_Count, _Count], BeforeValidator(_tiling), _AS_WRITTEN]
 Size = Annotated[tuple[_Count, _Count], BeforeValidator(_size), _AS_WRITTEN]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_words)]
+PartOfPlan = Annotated[Shard, BeforeValidator(_shard), PlainSerializer(str, when_used="json")]
 TilingOrNone = Annotated[Tiling | None, BeforeValidator(_tiling_or_none)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
@@ -32,6 +33,7 @@ from vlm_latency.option_types import (
     Lengths,
     Numbers,
     OutputLength,
+    PartOfPlan,
     PositiveNumbers,
     SamplingOptions,
     Size,
@@ -42,6 +44,7 @@ from vlm_latency.option_types import (
 )
 
 COMPILED = ("compiled", "compiled-all", "loop")  # engines whose decode step is one graph
+OF_THE_COMMAND = ("shard",)  # of measurement.*: not to be set for one experiment alone
 CAPTURED = COMPILED[1:]  # engines whose encoder, projector and prefill are graphs too
 
 
@@ -148,6 +151,9 @@ class MeasurementOptions(Group):
     allow_partial: bool = False
     max_failures: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the runs
     chunk_size: Annotated[int, Field(ge=1, le=64)] = 16
+    # 3/8: measure the third of eight parts, into output_dir/shard-3of8; without it the same command
+    # gathers all parts
+    shard: PartOfPlan | None = None
 
 
 class FlopsOptions(Group):
@@ -324,6 +330,12 @@ class Options(_Tree):
     predict: PredictOptions = PredictOptions()
     compare: CompareOptions = CompareOptions()
 
+    @property
+    def folder(self) -> Path:
+        """Where results, or the journals of a shard, are written."""
+        root, shard = Path(self.output_dir).expanduser(), self.measurement.shard
+        return root / shard.folder if shard else root
+
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any]) -> Options:
         """Validate a parameter tree.
@@ -338,7 +350,7 @@ class Options(_Tree):
             wrong = []
         except ValidationError as error:
             wrong = _explain(error, cls)
-        if wrong := [*wrong, *_unheard(parameters)]:
+        if wrong := [*wrong, *_unheard(parameters), *_of_the_command(parameters)]:
             raise UserError("\n".join(wrong))
         for name in EXPERIMENTS:
             options.experiment(name)  # refuses what contradicts itself
@@ -423,6 +435,19 @@ def _unheard(parameters: dict[str, Any]) -> Iterator[str]:
                 f"parameter '{name}.measurement.output_length' has no effect: {name} "
                 f"{row.fixed_length}"
             )
+
+
+def _of_the_command(parameters: dict[str, Any]) -> Iterator[str]:
+    """Refuse an experiment's own value of what all experiments of a command share."""
+    for name in EXPERIMENTS:
+        given: Any = parameters.get(name)
+        measurement = given.get("measurement") if isinstance(given, dict) else None
+        for key in OF_THE_COMMAND:
+            if isinstance(measurement, dict) and key in measurement:
+                yield (
+                    f"parameter '{name}.measurement.{key}' has no effect: it holds for the whole "
+                    f"command, give measurement.{key}"
+                )
 
 
 def _explain(error: ValidationError, root: type[BaseModel]) -> list[str]:

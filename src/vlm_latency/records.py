@@ -130,6 +130,12 @@ _IDENTITY = (
     _text("model", "name of the model"),
     _text("device", "where it ran"),
     _text("worker", "host and process"),
+    _count(
+        "worker_index", "which of several workers, or which shard, from 1; 1 where there is one"
+    ),
+    _text(
+        "worker_device", "what that worker computes on, with the device's own number if it has one"
+    ),
     _text("status", "ok or failed"),
     _text("error", "what went wrong, where it failed"),
 )

@@ -243,6 +243,17 @@ def _hardware(device: str) -> dict[str, Any]:
     return found
 
 
+def device_name(device: str) -> str:
+    """Say what a device is, with its own number where it has one."""
+    if not device.startswith("cuda"):
+        return _cpu_name()
+    import torch
+
+    gpu = torch.cuda.get_device_properties(torch.device(device))
+    return f"{gpu.name} {getattr(gpu, 'uuid', '')}".strip()
+
+
+@cache
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

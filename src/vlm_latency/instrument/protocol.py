@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from vlm_latency.errors import MeasurementError
+from vlm_latency.instrument.environment import device_name
 from vlm_latency.instrument.plan import plan
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, now, undisturbed
 from vlm_latency.options import MeasurementOptions
@@ -42,6 +43,7 @@ def measure(
     fingerprint: str = "",
     model_name: str | None = None,
     start_index: int | None = None,
+    worker_index: int = 1,
     log: SessionLog | None = None,
     progress: bool = True,
 ) -> Iterator[list[Row]]:
@@ -63,6 +65,8 @@ def measure(
         What the question is written into, at ``{question}``.
     start_index
         The first ``order_index``; by default the number of runs that are done.
+    worker_index
+        Which of several that measure the same plan this one is.
     log
         Filled in on the way, complete at the end.
     progress
@@ -87,7 +91,8 @@ def measure(
     if not left:
         return
     session = Session(vlm, options, fetch, template, log)
-    taking = _Turn(session, _identity(vlm, str(model_name or vlm.options.name), fingerprint))
+    name = str(model_name or vlm.options.name)
+    taking = _Turn(session, _identity(vlm, name, fingerprint, worker_index))
     first = len(done) if start_index is None else start_index
     runs = _runs([taking], requests, len(planned), left, options, first, progress)
     chunk: list[Row] = []
@@ -206,12 +211,14 @@ def _note_wall_time(log: SessionLog, start: float) -> None:
     log.wall_s = time.perf_counter() - start
 
 
-def _identity(vlm: LoadedModel, name: str, fingerprint: str | None) -> Row:
+def _identity(vlm: LoadedModel, name: str, fingerprint: str | None, index: int = 1) -> Row:
     return {
         "fingerprint": fingerprint,
         "model": name,
         "device": str(vlm.device),
         "worker": f"{platform.node()}:{os.getpid()}",
+        "worker_index": index,
+        "worker_device": device_name(str(vlm.device)),
     }
 
 

@@ -14,6 +14,7 @@ def create_pipeline() -> Pipeline:
                 inputs=["options", "questions", "model", "given_requests"],
                 outputs="requests",
                 name="draw_requests",
+                tags="measures",
             )
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from vlm_latency.experiments import BASELINE
 from vlm_latency.journal import RUN
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import MEASURED_COLUMNS, typed
+from vlm_latency.shards import deal, difference, gather, journals_of_shards, rare
 
 if TYPE_CHECKING:
     from vlm_latency.datasets.record_log import Chunk
     from vlm_latency.journal import Journal
     from vlm_latency.models import ModelHandle
+    from vlm_latency.option_types import Shard
     from vlm_latency.vqa import QuestionSource
 
 log = logging.getLogger("vlm_latency")
@@ -87,39 +90,28 @@ def measure(
     from vlm_latency.instrument.session import SessionLog
     from vlm_latency.vqa import image_bytes
 
+    name, part = options.experiment, options.measurement.shard
     mark = environment["fingerprint"]
     head = {"fingerprint": mark, "conditions": environment["conditions"]}
-    name = options.experiment
-    if not options.measurement.resume and (kept := journal.set_aside(mark)):
-        log.info("%s: measured afresh; what was there is kept as %s", name, kept.name)
-    for other in journal.others(mark):
-        log.info(
-            "%s: %s was measured under other conditions (%s); it is kept and not mixed in",
-            name,
-            other.name,
-            _difference(journal.conditions(other), environment["conditions"]),
-        )
+    if not part and (shards := journals_of_shards(journal.folder)):
+        hands = deal(plan, _shapes(requests, model), next(iter(shards)).total)
+        partial = options.measurement.allow_partial
+        for gathered, sessions in gather(
+            journal, shards, plan, hands, environment, allow_partial=partial
+        ):
+            yield {**head, "rows": gathered}  # type: ignore[typeddict-item]
+            for told in sessions:
+                yield {**head, "rows": [], "session": told}  # type: ignore[typeddict-item]
+        log.info("%s: gathered from %d shards, nothing was measured", name, len(shards))
+        return
+    if part:
+        plan = _part_of(plan, part, _shapes(requests, model), name)
+    _say_what_lies_there(options, environment, journal)
     finished = journal.read(mark)
     held = plan[RUN].merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
+    if not _worth_measuring(options, len(held), len(plan)):
+        return
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
-    if len(held) == len(plan):
-        log.info(
-            "%s: all %d runs were measured before; reporting again without measuring "
-            "(measurement.resume=false measures afresh)",
-            name,
-            len(plan),
-        )
-        return
-    if len(held) and options.measurement.allow_partial:
-        log.info(
-            "%s: reporting on %d of %d runs, nothing more is measured (measurement.allow_partial)",
-            name,
-            len(held),
-            len(plan),
-        )
-        return
-    if len(held):
-        log.info("%s: continuing, %d of %d runs are done", name, len(held), len(plan))
     session = SessionLog()
     vlm: Any = model.vlm
     if methods := requests["method"].dropna().unique().tolist():
@@ -137,10 +129,81 @@ def measure(
         template=options.prompt.template,
         fingerprint=mark,
         start_index=0 if finished.empty else int(finished["order_index"].max()) + 1,
+        worker_index=part.number if part else 1,
         log=session,
     ):
         yield {**head, "rows": rows}  # type: ignore[typeddict-item]
     yield {**head, "rows": [], "session": session.to_dict()}  # type: ignore[typeddict-item]
+
+
+def _say_what_lies_there(
+    options: ExperimentOptions, environment: dict[str, Any], journal: Journal
+) -> None:
+    """Name the journals of other conditions; set this one aside where it shall not be continued."""
+    name, mark = options.experiment, environment["fingerprint"]
+    if not options.measurement.resume and (kept := journal.set_aside(mark)):
+        log.info("%s: measured afresh; what was there is kept as %s", name, kept.name)
+    for other in journal.others(mark):
+        log.info(
+            "%s: %s was measured under other conditions (%s); it is kept and not mixed in",
+            name,
+            other.name,
+            difference(journal.conditions(other), environment["conditions"]),
+        )
+
+
+def _worth_measuring(options: ExperimentOptions, held: int, planned: int) -> bool:
+    """Say what is done already, and whether more is wanted."""
+    name = options.experiment
+    if held == planned:
+        log.info(
+            "%s: all %d runs were measured before; reporting again without measuring "
+            "(measurement.resume=false measures afresh)",
+            name,
+            planned,
+        )
+        return False
+    if held and options.measurement.allow_partial:
+        log.info(
+            "%s: reporting on %d of %d runs, nothing more is measured (measurement.allow_partial)",
+            name,
+            held,
+            planned,
+        )
+        return False
+    if held:
+        log.info("%s: continuing, %d of %d runs are done", name, held, planned)
+    return True
+
+
+def _shapes(requests: pd.DataFrame, model: ModelHandle) -> dict[str, tuple[Any, ...]]:
+    """Tell which requests do the same work, before any of them is prepared."""
+    from vlm_latency.instrument.warmup import shape_of
+
+    columns = ["request_id", "image_width", "image_height", "output_length", "method", "keep"]
+    found = {}
+    for name, width, height, *asked in requests[columns].itertuples(index=False, name=None):
+        size = None
+        if pd.notna(width) and pd.notna(height):
+            with contextlib.suppress(Exception):  # its own run will say what is wrong with it
+                size = shape_of(model.architecture.image_tokens(int(width), int(height)))
+        found[name] = (size, *(None if pd.isna(value) else value for value in asked))
+    return found
+
+
+def _part_of(
+    plan: pd.DataFrame, part: Shard, shapes: dict[str, tuple[Any, ...]], name: str
+) -> pd.DataFrame:
+    """Give the runs of a shard, in the plan's order."""
+    own = plan[deal(plan, shapes, part.total) == part.number - 1].reset_index(drop=True)
+    log.info("%s: shard %s, %d of %d runs", name, part, len(own), len(plan))
+    if few := rare(plan, shapes, part.total):
+        log.warning(
+            "%s: %d shapes have fewer runs than there are shards: not every shard sees them",
+            name,
+            few,
+        )
+    return own
 
 
 def collect(
@@ -195,18 +258,3 @@ def collect(
         "lengths": lengths,
     }
     return runs.join(mark_outliers(runs, lengths_cost=lengths["costs"] is not False)), coverage
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name what differs between two sets of conditions, such as ``model.seed``."""
-    before, after = _flat(old), _flat(new)
-    names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    told = [f"{key}: {before.get(key)} → {after.get(key)}" for key in names[:4]]
-    return ", ".join(told) or "none named"
-
-
-def _flat(conditions: dict[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in conditions.items():
-        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found

@@ -22,12 +22,14 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
                 inputs={"options": "options", "model": "model", "questions": "questions", **turn},
                 outputs="environment",
                 name="describe_environment",
+                tags="measures",
             ),
             node(
                 nodes.plan_runs,
                 inputs=["options", "requests"],
                 outputs="plan",
                 name="plan_runs",
+                tags="measures",
             ),
             node(
                 nodes.measure,
@@ -42,7 +44,7 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
                 ],
                 outputs="journal",
                 name="measure",
-                tags="owns_device",
+                tags=["measures", "owns_device"],
             ),
             node(
                 nodes.collect,

@@ -24,6 +24,7 @@ def create_pipeline(experiment: str) -> Pipeline:
                 inputs=["settings", "model"],
                 outputs="options",
                 name="settle_options",
+                tags="measures",
             )
         ]
     )
