@@ -122,6 +122,13 @@ def test_extreme_runs_do_not_rule_the_robust_line() -> None:
     assert sum(f.chosen == "least squares" for f in clean) >= 36
 
 
+def test_normal_noise_of_few_points_does_not_choose_the_robust_line() -> None:
+    rng = np.random.default_rng(0)
+    x = np.linspace(100, 1_400, 20)
+    found = [headline_line(x, (10 + 0.14 * x) * rng.normal(1, 0.05, 20)) for _ in range(150)]
+    assert sum(f.chosen == "robust" for f in found) <= 4
+
+
 def test_robust_line_of_exact_and_of_few_points() -> None:
     x = np.arange(9.0)
     y = 5 + 2 * x

@@ -26,6 +26,16 @@ def test_false_alarms_on_a_line(replicates: int) -> None:
     assert 0.02 <= alarms.count("not a line") / 300 <= 0.09
 
 
+def test_noise_that_grows_along_the_line_is_no_bend() -> None:
+    rng = np.random.default_rng(2)
+    x = np.linspace(10, 1_500, 15)
+    found = [
+        linearity_test(x, 5 + x * np.exp(rng.normal(0, 0.05, 15)), permutations=199).verdict
+        for _ in range(400)
+    ]
+    assert 0.02 <= found.count("not a line") / 400 <= 0.08
+
+
 def test_what_a_request_does_to_all_its_runs_is_no_bend() -> None:
     rng = np.random.default_rng(1)
     request = np.repeat(np.arange(15), 5)

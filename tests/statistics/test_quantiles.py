@@ -76,6 +76,14 @@ def test_questions_of_one_image_count_once_when_they_are_alike() -> None:
     assert "effective n of 100" in repeated.method
 
 
+def test_few_images_tell_no_design_effect() -> None:
+    """Each image counts once: six are what the median's bounds need."""
+    values = np.arange(120.0)
+    five, six = (percentile(values, 50, clusters=np.arange(120) % n) for n in (5, 6))
+    assert (five.low, five.high) == (None, None) and "found 120, worth 5" in five.note
+    assert six.low is not None and six.high is not None
+
+
 @pytest.mark.parametrize(("q", "truth"), [(50, 1.0), (95, np.exp(1.6448536))])
 def test_coverage_with_clusters(q: float, truth: float) -> None:
     rng = np.random.default_rng(1)

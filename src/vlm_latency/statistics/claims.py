@@ -19,8 +19,12 @@ ClaimVerdict = Literal["supported", "contradicted", "undecided"]
 TAIL_LIMIT = 1.5
 # More than half is a bottleneck.
 BOTTLENECK_SHARE = 0.5
-# Costs fall, grow or stay by 10 %: no truth but one exactly at a limit stays undecided for ever.
-FALLS, GROWS, FLAT_STEP = -0.1, 1.1, (0.9, 1.1)
+# Sub-linear is a stated effect: one more token costs less than three quarters at the end of the
+# sweep of what it costs at its start. No sweep of 15 sizes tells less from a straight line.
+CHEAPER = 0.75
+FALLS = (CHEAPER - 1) / ((CHEAPER + 1) / 2)  # as a share of the mean cost
+# Costs grow or stay by 10 %: no truth but one exactly at a limit stays undecided for ever.
+GROWS, FLAT_STEP = 1.1, (0.9, 1.1)
 # A predictor within 5 % on shapes it has not seen is as good as perfect.
 PERFECT_ERROR = 0.05
 
@@ -125,9 +129,11 @@ def vision_sublinear_claim(
         "vision_sublinear",
         "Vision tokens scale sub-linearly",
         verdict,
-        "change of what one more token costs from the start of the sweep to its end, as a share "
-        f"of its mean (fit with offset): supported when its whole interval lies below {FALLS:g}, "
-        "contradicted when above; the exponent without offset is shown and not judged",
+        "sub-linear means that at the end of the sweep one more token costs less than "
+        f"{CHEAPER:.0%} of what it costs at the start: a change of {FALLS:.3f} as a share of the "
+        "mean cost (fit with offset, relative errors). Supported when the whole interval of the "
+        "change lies below that, contradicted when above, as it does for a straight line, whose "
+        "change is 0; the exponent without offset is shown and not judged",
         {"change of the cost per token": marginal_change, "exponent without offset": exponent},
         "the exponent lies below 1 by the fixed cost alone" if alone else "",
     )

@@ -214,6 +214,9 @@ def marginal_change(
     offset, which makes the exponent of `power_law_fit` small, leaves it as it is. 0 for a line,
     below 0 where costs fall, 2 where one x more costs nothing at the start.
 
+    The fit is of relative errors (weights 1 / line), which is how latencies scatter: the start of
+    the sweep, where they are small, tells its slope better than by equal weights.
+
     Returns
     -------
     Estimate
@@ -232,8 +235,9 @@ def marginal_change(
     ('0.00 (0.00 to 0.00)', '1.56 (1.56 to 1.56)')
     """
     x, y = as_pairs(("x", "y"), x, y)
-    design = np.column_stack([np.ones(x.size), x, x**2])
-    solution = _solve(design, y, ("intercept", "x", "x²"), clusters, level)
+    weight = relative_weights(x, y)
+    design = weight[:, None] * np.column_stack([np.ones(x.size), x, x**2])
+    solution = _solve(design, weight * y, ("intercept", "x", "x²"), clusters, level)
     change = np.array([0.0, 0.0, 2 * (x.max() - x.min())])
     mean = np.array([0.0, 1.0, x.max() + x.min()])
     cost = solution.estimate(float(mean @ solution.beta), mean)
@@ -242,6 +246,13 @@ def marginal_change(
         return Estimate(None, None, None, level, x.size, "none", note)
     value = float(change @ solution.beta) / cost.value
     return solution.estimate(value, (change - value * mean) / cost.value)
+
+
+def relative_weights(x: Floats, y: Floats) -> Floats:
+    """Return 1 / the straight line at each x, at most 10 / mean |y|."""
+    design = _with_ones(x / max(float(np.abs(x).max()), 1e-300))
+    line = np.abs(design @ np.linalg.lstsq(design, y, rcond=None)[0])
+    return np.asarray(1 / np.maximum(line, max(float(np.abs(y).mean()) / 10, 1e-300)))
 
 
 def power_law_fit(

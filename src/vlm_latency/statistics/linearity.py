@@ -9,7 +9,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from vlm_latency.statistics.fits import EXACT, linear_fit
+from vlm_latency.statistics.fits import EXACT, linear_fit, relative_weights
 from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs, as_values
 
 # Pure error judged by fewer degrees of freedom than this is no yardstick.
@@ -45,7 +45,9 @@ def linearity_test(
 
     Runs of one request are no replicates: what the request does to all of them would count as a
     bend (a true line is called bent in 52 % of sweeps when requests differ by 1 %). They are one
-    point, their mean. With replicates (several requests at one x) by the F test for lack of fit: the spread of the means
+    point, their mean. Errors are taken relative to the line, which is how latencies scatter: long
+    requests scatter more, and to shuffle them among short ones calls too many lines bent.
+    With replicates (several requests at one x) by the F test for lack of fit: the spread of the means
     about the line against the spread within each x. Without, by a permutation test of von
     Neumann's ratio: next to a bend or a step, neighbouring residuals are alike.
 
@@ -83,15 +85,18 @@ def linearity_test(
     x, y = as_pairs(("x", "y"), x, y)
     if clusters is not None:
         x, y = _request_means(x, y, clusters)
-    fitted = linear_fit(x, y).predict(x)
-    residual = y - fitted
+    linear_fit(x, y)  # refuses a single x
+    weight = relative_weights(x, y)
+    basis = np.linalg.qr(weight[:, None] * np.column_stack([np.ones(x.size), x - x.mean()]))[0]
+    residual = weight * y - basis @ (basis.T @ (weight * y))
+    fitted = y - residual / weight
     _, codes, counts = np.unique(x, return_inverse=True, return_counts=True)
     means = np.bincount(codes, weights=residual) / counts
     levels, n = counts.size, x.size
-    at_levels = np.bincount(codes, weights=fitted) / counts
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.abs(means / at_levels)
+        relative = np.abs(means[codes] / weight / fitted)
     departure = float(np.nan_to_num(relative, nan=0.0, posinf=np.inf).max())  # 0 / 0: on the line
+    rounding = EXACT * float(np.abs(weight * y).max())
 
     def result(
         p: float | None, statistic: float | None, method: str, note: str = ""
@@ -103,13 +108,13 @@ def linearity_test(
 
     if levels < 3:
         return result(None, None, "none", f"any {levels} points of x lie on a line; needs 3")
-    if np.abs(residual).max() <= EXACT * np.abs(y).max():
+    if np.abs(residual).max() <= rounding:
         return result(1.0, 0.0, "none", "every point lies on the line")
     lack = (counts * means**2).sum()
     pure = ((residual - means[codes]) ** 2).sum()
     if n - levels >= REPLICATES:
         method = f"F test for lack of fit ({levels - 2}, {n - levels})"
-        if pure <= (EXACT * np.abs(y).max()) ** 2 * n:
+        if pure <= rounding**2 * n:
             return result(
                 0.0, None, method, "replicates do not vary, and their means leave the line"
             )
@@ -121,7 +126,7 @@ def linearity_test(
     ordered = residual[order]
     shuffled = np.random.default_rng(seed).permuted(np.tile(ordered, (permutations, 1)), axis=1)
     # Shuffled residuals get a line of their own taken out, as the residuals had.
-    basis = np.linalg.qr(np.column_stack([np.ones(n), x[order] - x.mean()]))[0]
+    basis = basis[order]
     shuffled -= (shuffled @ basis) @ basis.T
     ratio = _von_neumann(ordered[None])[0]
     p = (1 + (_von_neumann(shuffled) <= ratio * (1 + 1e-9)).sum()) / (1 + permutations)

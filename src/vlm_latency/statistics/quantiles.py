@@ -13,6 +13,9 @@ from vlm_latency.errors import UserError
 from vlm_latency.statistics.means import linearised, mean_estimate
 from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
 
+# Fewer clusters than the median's bounds need say nothing of their own spread.
+FEW_CLUSTERS = 6
+
 
 def needed_n(q: float, level: float = 0.95) -> int:
     """Observations from which on both ends of the interval of percentile `q` are bounded.
@@ -43,7 +46,7 @@ def percentile(
         The image of each value. Values of one image are alike, so n is divided by the design
         effect of the clusters, the larger of that at this percentile and at the median, and for
         few clusters by Student's quantile (Woodruff 1952; Korn and Graubard 1998) before ranks
-        are chosen.
+        are chosen. Below six clusters no design effect is known: each counts as one value.
 
     Returns
     -------
@@ -197,8 +200,8 @@ def _effective_n(values: Floats, p: float, codes: NDArray[np.int64], level: floa
     for at in (p, 0.5):
         at_most = (values <= np.quantile(values, at)).astype(float)
         share, error, groups = linearised(at_most, np.ones_like(at_most), codes)
-        if groups < 2:
-            return 1
+        if groups < FEW_CLUSTERS:
+            return groups
         # Where nothing varies: no more than one observation per cluster. error² of n
         # independent values is p(1 − p) / (n − 1).
         worth.append(1 + share * (1 - share) / error**2 if error else groups)

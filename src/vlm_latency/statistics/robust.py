@@ -14,6 +14,8 @@ from vlm_latency.statistics.results import Floats, Result, as_codes, as_pairs
 
 # Efficiency on normal noise: 95 % (Huber 1981), 98.5 % (Beaton and Tukey 1974); MAD → σ.
 HUBER, BISQUARE, MAD = 1.345, 6.0, 1.4826
+# So many times as wide, the interval of least squares is ruled by extreme runs.
+WIDER = 3
 # More groups make the jackknife no better, only slower.
 JACKKNIFE = 100
 
@@ -90,7 +92,9 @@ def headline_line(
     """Fit a line by least squares and robustly, and say which is the headline.
 
     Least squares, the mean that a user pays, is, unless extreme runs rule it: its slope lies
-    outside of the robust slope's interval, or its interval is more than twice as wide.
+    outside of the robust slope's interval at a fifth of the risk (99 % where the level is 95 %), or
+    its interval is more than three times as wide. Below that noise alone chooses the robust line
+    now and then, where it is worst (92.8 % at 8 points in place of 93.6).
 
     Examples
     --------
@@ -100,17 +104,26 @@ def headline_line(
     'least squares'
     >>> y[8] = 500
     >>> print(headline_line(x, y).reason)
-    the slope of least squares lies outside of the robust slope's interval: extreme runs rule it
+    the slope of least squares lies outside of the robust slope's 99 % interval: extreme runs rule it
     """
     plain, robust = (fit(x, y, clusters, level=level) for fit in (linear_fit, robust_line))
+    sure = 1 - (1 - level) / 5
+    surely = replace(robust.solution, level=sure).coefficients()[1]
     ends = robust.slope.low, robust.slope.high, plain.slope.low, plain.slope.high
     reason = ""
     if None not in ends:
         low, high, plain_low, plain_high = cast("tuple[float, float, float, float]", ends)
-        if not low <= plain.slope.value <= high and not math.isclose(low, high):  # type: ignore[operator]
-            reason = "the slope of least squares lies outside of the robust slope's interval"
-        elif plain_high - plain_low > 2 * (high - low):
-            reason = "the interval of least squares is more than twice as wide as the robust one's"
+        slope = cast("float", plain.slope.value)
+        if (surely.above(slope) or surely.below(slope)) and not math.isclose(low, high):
+            reason = (
+                "the slope of least squares lies outside of the robust slope's "
+                f"{100 * sure:.3g} % interval"
+            )
+        elif plain_high - plain_low > WIDER * (high - low):
+            reason = (
+                f"the interval of least squares is more than {WIDER} times as wide as the robust "
+                "one's"
+            )
     if reason:
         return ChosenLine("robust", f"{reason}: extreme runs rule it", plain, robust)
     return ChosenLine("least squares", "least squares and the robust line agree", plain, robust)
