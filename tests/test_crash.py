@@ -195,3 +195,20 @@ def test_killing_everything_during_exp3_leaves_exp1_and_exp2_and_continues(
     assert len(rows) == len(rows.drop_duplicates(RUN)) == 28
     assert finished_runs(tmp_path, "exp3") == 28  # none was measured twice
     assert (tmp_path / "exp5" / f"{FILES['exp5']}.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("only", ["exp1", "journal", "files"])
+def test_a_few_kills_of_the_trial_lose_double_and_keep_nothing_stale(only: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/trial_kills.py", "--whole=12", "--writer=30", f"--only={only}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+    )
+    assert done.returncode == 0, done.stderr
+    *_, kills, lost, doubled, stale, unable, _ = done.stdout.splitlines()[-1].split("|")
+    assert int(kills) > 1
+    assert (int(lost), int(doubled), int(stale), int(unable)) == (0, 0, 0, 0)
