@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,11 @@ def measured(
             "exp1.measurement.output_length": "3",
             **{name.replace("__", "."): value for name, value in parameters.items()},
         }
-        made = kedro_run("exp1", out, given, to_nodes=["exp1.measurement.collect"])
+        try:
+            made = kedro_run("exp1", out, given, to_nodes=["exp1.measurement.collect"])
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # as the command does: ends the measurement
+            raise
         return made["exp1.measurements"].load(), made["exp1.coverage"].load()
 
     return run
