@@ -36,8 +36,8 @@ from vlm_latency.instrument.session import Fetch
 from vlm_latency.models import load, thread_count
 from vlm_latency.options import MeasurementOptions, Options
 from vlm_latency.records import REQUEST_COLUMNS, measured_table, typed, with_hashes
-from vlm_latency.statistics import Estimate, TableComparison, compare_tables, percentile
-from vlm_latency.statistics.comparison import COMPARED
+from vlm_latency.statistics import Estimate, TableComparison, compare_tables
+from vlm_latency.statistics.comparison import COMPARED, paired_difference
 from vlm_latency.vqa.images import image_bytes, image_size, read_file
 
 if TYPE_CHECKING:
@@ -187,20 +187,7 @@ def compare(
     options = _options(num_runs, output_length, measurement)
     table, fetch = _requests(requests, output_length, folder)
     records = _run(vlms, table, options, fetch=fetch, prompt=prompt, progress=progress)
-    baseline, *candidates = records
-    before = records[baseline]
-    return ModelComparison(
-        baseline,
-        records,
-        {
-            # without image_id: the pairs are runs, and what is said is about these requests
-            name: compare_tables(
-                before.drop(columns="image_id"), records[name], margin=margin, match_by=PAIR
-            )
-            for name in candidates
-        },
-        {name: _differences(before, records[name]) for name in candidates},
-    )
+    return ModelComparison.of(records, margin)
 
 
 @dataclass(frozen=True)
@@ -217,14 +204,32 @@ class ModelComparison:
         By candidate: verdict and, by component, ratio candidate / baseline of the paired runs.
         They are about the requests that were measured, not about others like them.
     differences
-        By candidate and component: median of candidate − baseline over the paired runs, in
-        milliseconds, with its distribution-free 95 % interval.
+        By candidate and component: candidate − baseline over the paired runs, in milliseconds,
+        on the side on which the ratio is; see `vlm_latency.statistics.comparison.paired_difference`.
     """
 
     baseline: str
     records: dict[str, pd.DataFrame] = field(repr=False)
     comparisons: dict[str, TableComparison]
     differences: dict[str, dict[str, Estimate]]
+
+    @classmethod
+    def of(cls, records: dict[str, pd.DataFrame], margin: float = 0.02) -> ModelComparison:
+        """Compare tables of runs that were made in turn, the baseline's first."""
+        baseline, *candidates = records
+        before = records[baseline]
+        return cls(
+            baseline,
+            records,
+            {
+                # without image_id: the pairs are runs, and what is said is about these requests
+                name: compare_tables(
+                    before.drop(columns="image_id"), records[name], margin=margin, match_by=PAIR
+                )
+                for name in candidates
+            },
+            {name: _differences(before, records[name]) for name in candidates},
+        )
 
     def table(self) -> pd.DataFrame:
         """One row per candidate and component: verdict, ratio and difference with their ends."""
@@ -378,11 +383,11 @@ def _run(
 
 
 def _differences(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Estimate]:
-    """Median of the paired differences, for what both measured."""
+    """Give the paired differences of what both measured."""
     pairs = before.merge(after, on=list(PAIR), suffixes=("_before", "_after"))
     found = {}
     for name in COMPARED:
-        difference = (pairs[f"{name}_after"] - pairs[f"{name}_before"]).dropna()
-        if len(difference):
-            found[name] = percentile(difference, 50)
+        pair = pairs[[f"{name}_before", f"{name}_after"]].astype(float).dropna()
+        if len(pair):
+            found[name] = paired_difference(pair.iloc[:, 0], pair.iloc[:, 1])
     return found

@@ -51,7 +51,11 @@ class ProjectHooks:
             for node in pipeline.nodes
             if node.namespace and node.short_name == "measure"
         )
-        self._measuring = any("owns_device" in node.tags for node in pipeline.nodes)
+        self._measuring = any(
+            "owns_device" in node.tags
+            and (node.short_name != "measure_variants" or self._options.compare.variants)
+            for node in pipeline.nodes
+        )
         runner = re.search(r"\w*Runner\b", run_params["runner"])  # None: Kedro's default
         if self._measuring and runner and runner[0] != "SequentialRunner":
             raise MeasurementError(
@@ -93,6 +97,7 @@ class ProjectHooks:
                 if (table := f"{name}.given_requests") in catalog
             },
             explains="explain.result" in pipeline.all_outputs(),
+            compared=catalog["compare.runs"] if "compare.runs" in inputs else None,
         ):
             log.info(line)
         self._lock(pipeline)

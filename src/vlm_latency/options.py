@@ -239,6 +239,18 @@ class CompareOptions(Group):
     # What a machine may drift between two sessions: a smaller difference is undecided.
     drift: Annotated[float, Field(ge=0, lt=1)] = 0.1
     fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
+    variants: str | None = Field(
+        default=None, description="a YAML file of variants of the model, measured in turn"
+    )
+    num_samples: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="questions that every variant is asked"
+    )
+    num_runs: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="runs of each question by each variant"
+    )
+    output_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=8, description="tokens of each answer"
+    )
 
 
 # What each protocol sets where the user has not: {group: {field: value}}.

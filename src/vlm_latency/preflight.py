@@ -27,6 +27,7 @@ def check(
     earlier: Mapping[str, Any],
     given: Mapping[str, Any] | None = None,
     explains: bool = False,
+    compared: Any = None,
 ) -> list[str]:
     """Refuse what cannot work, all of it at once.
 
@@ -48,6 +49,8 @@ def check(
         The datasets of requests made before, by experiment.
     explains
         Whether requests are looked at under a profiler.
+    compared
+        The dataset of results folders or variants, where the pipeline compares.
 
     Returns
     -------
@@ -80,7 +83,9 @@ def check(
     if problems:
         raise UserError("\n".join(problems))
     handle = attempt(model.load) if model is not None else None
-    lines = []
+    lines: list[str] = []
+    if compared is not None and (found := attempt(compared.load)) is not None:
+        lines += attempt(_in_turn, options, found) or []
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         if runs_model:
             attempt(_nvtx, options, experiments, handle)
@@ -170,6 +175,25 @@ def _drawable(
     from vlm_latency.pipelines.data_sampling.nodes import draw_requests
 
     return draw_requests(options, replace(questions.load(), root=None, fetch=None), handle, given)
+
+
+def _in_turn(options: Options, compared: Any) -> list[str]:
+    """Refuse variants that do not fit beside each other, and questions that are not there."""
+    if isinstance(compared, list):
+        return []
+    from vlm_latency.models import check_fit_together
+    from vlm_latency.pipelines.compare.variants import draw
+
+    for handle in compared.models.values():
+        _ready(handle, runs_model=True)
+    check_fit_together(list(compared.models.values()))
+    offline = replace(compared.questions, root=None, fetch=None)
+    requests = draw(options, replace(compared, questions=offline))
+    runs = options.compare.num_runs
+    return [
+        f"compare: {' and '.join(compared.models)} in turn, {len(requests)} questions × {runs} runs "
+        f"each, {options.compare.output_tokens} output tokens"
+    ]
 
 
 def _explained(options: Options, questions: Any, handle: Any) -> str:

@@ -23,6 +23,8 @@ from vlm_latency.errors import DataError
 
 RESULT = {"results": [{"T_total": 1.0}]}
 
+NOTHING: Any = {"model": {}, "dataset": {}}
+
 
 @pytest.mark.parametrize(
     "dataset",
@@ -32,7 +34,7 @@ RESULT = {"results": [{"T_total": 1.0}]}
         EarlierResult(root="a", made_by="exp3"),
         OptionalJSON(filepath="a.json"),
         ResultsFolder(filepath="a"),
-        RunFolders(options={}),
+        RunFolders(options={}, **NOTHING),
     ],
 )
 def test_inputs_are_only_read(dataset: Any) -> None:
@@ -91,6 +93,6 @@ def test_a_file_that_need_not_be_there(tmp_path: Path) -> None:
 
 def test_two_folders_at_least_are_compared(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"found 1 results folder"):
-        RunFolders(options={"baseline": str(tmp_path)}).load()
+        RunFolders(options={"baseline": str(tmp_path)}, **NOTHING).load()
     with pytest.raises(DatasetError, match=r"no results in .*expected files like exp1/"):
-        RunFolders(options={"runs": f"{tmp_path} {tmp_path}"}).load()
+        RunFolders(options={"runs": f"{tmp_path} {tmp_path}"}, **NOTHING).load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ from matplotlib.text import Text
 sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
-from vlm_latency.errors import DataError, MeasurementError
+from vlm_latency.errors import DataError, MeasurementError, UserError
 from vlm_latency.options import Options
 from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower, side_by_side
 from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.results import FILES, read_run
 from vlm_latency.statistics import plain
 
+NONE = pd.DataFrame()  # no variants were measured
+
 
 def compare(*folders: Path, **options: Any) -> dict[str, Any]:
     result, tables, figure, _ = compare_runs(
-        Options.from_parameters({"compare": options}), [read_run(folder) for folder in folders]
+        Options.from_parameters({"compare": options}),
+        [read_run(folder) for folder in folders],
+        NONE,
     )
     assert len(tables["compare"])
     made_up = any("schema_version" in data for data in read_run(folders[0]).results.values())
@@ -169,3 +174,51 @@ def test_what_runs_share_is_drawn_side_by_side(tmp_path: Path) -> None:
     assert texts[0].startswith("a (n = 50): ")
     assert texts[1].startswith("b (n = 50): ")
     assert side_by_side(runs[:1], FigureContext(), Style()) == {}
+
+
+def variants(tmp_path: Path, text: str) -> dict[str, Any]:
+    (tmp_path / "variants.yml").write_text(text)
+    return {"model.name": "null-model", "compare.variants": str(tmp_path / "variants.yml")}
+
+
+def test_variants_are_measured_in_turn_and_compared(
+    tmp_path: Path, kedro_run: Callable[..., dict[str, Any]]
+) -> None:
+    given = variants(tmp_path, "same: {}\nalso: {}\nslow: {model.null_sleep_ms: 40}\n")
+    small = {"compare.num_samples": 2, "compare.num_runs": 10, "compare.output_tokens": 3, "model.null_sleep_ms": 10}
+    kedro_run("compare", tmp_path / "out", {**given, **small})
+    runs = pd.read_parquet(tmp_path / "out" / "compare" / "compare_records.parquet")
+    turns = runs.sort_values("order_index")["model"].tolist()
+    assert {tuple(sorted(turns[i : i + 3])) for i in range(0, 60, 3)} == {("also", "same", "slow")}
+    result = json.loads((tmp_path / "out" / "compare" / "compare.json").read_text())
+    assert (result["baseline"], result["runs"]) == ("same", ["also", "slow"])
+    assert result["verdicts"]["slow"] == "SLOWER" and result["verdicts"]["also"] != "SLOWER"
+    difference = result["differences"]["slow"]["T_total"]
+    assert difference["low"] <= 30 <= difference["high"] + 5  # a sleep may last longer
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "20 pairs of runs, made in turn" in page
+
+    before = m.write_run(tmp_path / "before")
+    folders = {"compare.baseline": str(before), "compare.candidate": str(before)}
+    kedro_run("compare", tmp_path / "out", folders)
+    assert not (tmp_path / "out" / "compare" / "compare_records.parquet").exists()
+    assert not (tmp_path / "out" / "compare" / "figures" / "compare_components.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("one: {}\n", r"holds 1 variant\(s\); expected two or more names"),
+        ("- one\n- two\n", "holds list; expected two or more"),
+        ("a: {}\nb: static\n", "b is 'static'; expected names, each with what it changes"),
+        ("a: {}\nb: {prompt.template: x}\n", "b changes 'prompt.template'; variants differ in"),
+        ("a: {}\nb: {model.engin: static}\n", "b: unknown parameter 'model.engin'; did you mean"),
+        ("a: {}\nb: {model: {name: tiny-molm}}\n", "no model is called 'tiny-molm'"),
+        ("a: {", "is not YAML"),
+    ],
+)
+def test_variants_that_are_none_are_refused(
+    tmp_path: Path, kedro_run: Callable[..., dict[str, Any]], text: str, told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        kedro_run("compare", tmp_path / "out", variants(tmp_path, text))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vlm_latency.errors import UserError
 from vlm_latency.statistics import a_a_false_alarms, compare_paired, compare_tables
+from vlm_latency.statistics.comparison import paired_difference
 
 RNG = np.random.default_rng(0)
 
@@ -231,3 +232,18 @@ def test_tokens_that_equal_the_patches_in_one_row_alone_are_tokens() -> None:
     found = compare_tables(baseline, candidate, ["T_total"])
     assert found.n_matched == 2
     assert not any("counts patches" in note for note in found.notes)
+
+
+@given(drawn=st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=2, max_size=30))
+def test_ratio_and_difference_are_on_the_same_side(drawn: list[tuple[float, float]]) -> None:
+    before, after = zip(*drawn, strict=True)
+    ratio, difference = compare_paired(before, after).ratio, paired_difference(before, after)
+    assert (ratio.value - 1) * difference.value >= -1e-9
+
+
+def test_an_additive_difference_is_narrow_though_levels_vary() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.uniform(90, 110, 200)  # ± 20 ms, were they not pairs
+    found = paired_difference(before, before + 20 + rng.normal(0, 1, 200))
+    assert found.low <= 20 <= found.high
+    assert found.high - found.low < 0.5

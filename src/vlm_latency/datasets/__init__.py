@@ -12,6 +12,7 @@ from vlm_latency.datasets.inputs import (
 )
 from vlm_latency.datasets.outputs import FigureFile, FigureFolder, HTMLPage, TableFolder
 from vlm_latency.datasets.record_log import RecordLog
+from vlm_latency.datasets.variants import VariantRuns
 
 __all__ = [
     "AtomicJSON",
@@ -30,4 +31,5 @@ __all__ = [
     "RunFolders",
     "TableFolder",
     "VQADataset",
+    "VariantRuns",
 ]

@@ -15,6 +15,7 @@ import pandas as pd
 from kedro.io import AbstractDataset
 
 from vlm_latency.datasets.atomic import FileDataset
+from vlm_latency.datasets.variants import Variants, read_variants
 from vlm_latency.errors import DataError
 from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
@@ -202,15 +203,46 @@ class ResultsFolder(FromPath):
 
 
 class RunFolders(FromOptions):
-    """The results folders to compare, by the ``compare.*`` parameters; the baseline first."""
+    """The results folders to compare, or variants to measure, the baseline first.
 
-    def load(self) -> list[Run]:
+    Parameters
+    ----------
+    options
+        The ``compare.*`` parameters.
+    model, dataset
+        The command's own ``model.*`` and ``dataset.*``, for variants.
+    metadata
+        Passed through to Kedro plugins.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: dict[str, Any],
+        model: dict[str, Any],
+        dataset: dict[str, Any],
+        metadata: dict[str, Any] | None = None,
+    ):
+        super().__init__(options=options, metadata=metadata)
+        self._model, self._dataset = model, dataset
+
+    def load(self) -> list[Run] | Variants:
         options = CompareOptions.model_validate(self._options)
+        if options.variants:
+            if options.runs or options.baseline or options.candidate:
+                raise DataError(
+                    "found compare.variants beside results folders; give compare.variants alone, "
+                    "or compare.baseline and compare.candidate"
+                )
+            path = Path(options.variants).expanduser()
+            models = read_variants(path, self._model)
+            return Variants(models, VQADataset(options=self._dataset).load())
         pair = [options.baseline, options.candidate]
         folders = list(options.runs or [folder for folder in pair if folder])
         if len(folders) < 2:
             raise DataError(
                 f"found {len(folders)} results folder(s) to compare; give compare.baseline=<folder>,"
-                "compare.candidate=<folder>, or compare.runs='a b c'"
+                "compare.candidate=<folder>, or compare.runs='a b c'; or compare.variants=<file> to "
+                "measure variants in turn"
             )
         return [read_run(folder) for folder in folders]

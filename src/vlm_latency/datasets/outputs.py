@@ -54,6 +54,8 @@ class FigureFile(FileDataset):
 class FigureFolder(FileDataset):
     """Figures by name in one folder, where which ones there are depends on the data.
 
+    Those of an earlier command that this one has not drawn are removed.
+
     Parameters
     ----------
     filepath
@@ -72,6 +74,10 @@ class FigureFolder(FileDataset):
         raise NotImplementedError("figures are drawn for people; read the records or the result")
 
     def save(self, data: Mapping[str, Figure]) -> None:
+        study = self._path.parent.name
+        for path in self._path.glob(f"{study}_*"):
+            if path.stem not in data:
+                path.unlink()
         for name, figure in data.items():
             FigureFile(filepath=str(self._path / f"{name}.png"), dpi=self._dpi).save(figure)
 

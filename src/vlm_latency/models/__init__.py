@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm_latency.models.handle import (
     ModelHandle,
+    check_fit_together,
     describe,
     dtype_name,
     known_models,
@@ -20,6 +21,7 @@ from vlm_latency.models.zoo import weights_kind
 
 __all__ = [
     "ModelHandle",
+    "check_fit_together",
     "describe",
     "dtype_name",
     "known_models",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlm_latency.errors import ModelError
 from vlm_latency.models.zoo import NULL, load_zoo, own_file, weights_kind
 
 if TYPE_CHECKING:
@@ -53,6 +55,26 @@ class ModelHandle:
     def vlm(self) -> LoadedModel:
         """The model on its device, ready to measure."""
         return load(self.options)
+
+
+def check_fit_together(handles: Sequence[ModelHandle]) -> None:
+    """Refuse models whose weights the free memory of their device does not hold at once.
+
+    Raises
+    ------
+    ModelError
+        With the bytes wanted and the bytes free.
+    """
+    from vlm_latency.models.loading import free_bytes
+
+    for device in dict.fromkeys(handle.device for handle in handles):
+        here = [h for h in handles if h.device == device and h.weights != "own"]
+        wanted = sum(handle.architecture.weight_bytes(handle.dtype) for handle in here)
+        if wanted > (free := free_bytes(device)):
+            raise ModelError(
+                f"{len(here)} models do not fit on {device} at once: {wanted / 2**30:.2f} GiB of "
+                f"weights, and {free / 2**30:.2f} GiB are free; compare fewer, or smaller ones"
+            )
 
 
 def load(options: ModelOptions) -> LoadedModel:

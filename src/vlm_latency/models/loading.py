@@ -286,7 +286,7 @@ def check_fits(architecture: Architecture, options: ModelOptions) -> None:
     positions = min(architecture.max_positions or _CACHE_TOKENS, _CACHE_TOKENS)
     cache = positions * architecture.kv_bytes_per_token(dtype)
     margin = round(weights * _MARGIN_SHARE) + _MARGIN_BYTES.get(device.type, 0)
-    free = _free_bytes(device)
+    free = free_bytes(device)
     if weights + cache + margin > free:
         raise ModelError(
             f"{architecture.name} does not fit on {device}: weights in {dtype} "
@@ -296,7 +296,9 @@ def check_fits(architecture: Architecture, options: ModelOptions) -> None:
         )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device | str) -> int:
+    """Give the free memory of a device."""
+    device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

@@ -155,7 +155,10 @@ def _comparisons(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, comparison in (result.get("comparisons") or {}).items():
         total = (comparison.get("components") or {}).get("T_total") or {}
         ratio = f", T_total × {interval(total.get('ratio'))}" if total else ""
-        note = [f"{comparison.get('n_matched', 0)} requests matched"]
+        if difference := ((result.get("differences") or {}).get(name) or {}).get("T_total"):
+            ratio += f", {interval(difference, 'ms')}"
+        what = "pairs of runs, made in turn" if result.get("interleaved") else "requests matched"
+        note = [f"{comparison.get('n_matched', 0)} {what}"]
         if total.get("smallest_visible") is not None:
             visible = number(100 * total["smallest_visible"])
             note.append(f"differences under {visible} % could not have been seen")

@@ -21,6 +21,7 @@ LABELS = {
     "T_LLM_decode_between": "LLM decode, between forwards",
     "T_other": "other",
     "T_preprocess": "preprocessing",
+    "T_per_output_token": "per output token",
     "T_first_token": "time to first token",
     "T_vision_total": "vision total",
     "T_total": "total",

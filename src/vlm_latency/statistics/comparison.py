@@ -132,6 +132,39 @@ def compare_paired(
     )
 
 
+def paired_difference(baseline: ArrayLike, candidate: ArrayLike, level: float = 0.95) -> Estimate:
+    """Give candidate − baseline in their unit, always on the side of 1 where their ratio is.
+
+    Parameters
+    ----------
+    baseline, candidate : array_like, shape (n,)
+        As of `compare_paired`, whose ratio is one of geometric means: so is this difference, with
+        Student's t on what each pair adds to it (delta method). Where a value is not above zero,
+        both are of arithmetic means.
+
+    Examples
+    --------
+    >>> print(paired_difference([10.0, 12.0, 11.0], [30.0, 32.1, 31.2]))
+    20.11 (19.83 to 20.4)
+    """
+    before, after = as_pairs(("baseline", "candidate"), baseline, candidate)
+    if min(before.min(), after.min()) > 0:
+        logs = np.log(before), np.log(after)
+        middles = [float(np.exp(each.mean())) for each in logs]
+        adds = middles[1] * logs[1] - middles[0] * logs[0]
+        value, method = middles[1] - middles[0], "t on geometric means"
+    else:
+        adds = after - before
+        value, method = float(adds.mean()), "t on means"
+    n = before.size
+    if n < 2:
+        note = f"an interval needs at least 2 pairs, found {n}"
+        return Estimate(value, None, None, level, n, "none", note)
+    error = float(adds.std(ddof=1)) / math.sqrt(n)
+    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) * error
+    return Estimate(value, value - half, value + half, level, n, method)
+
+
 @dataclass(frozen=True)
 class TableComparison(Result):
     """Two tables of runs against each other, per component; see `compare_tables`."""

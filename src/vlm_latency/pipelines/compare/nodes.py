@@ -1,4 +1,4 @@
-"""Before and after a change, two models, two devices: what became faster, and how surely."""
+"""Before and after a change, two models, two devices: what is faster, and how surely."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from vlm_latency.results import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlm_latency.datasets.variants import Variants
+    from vlm_latency.pipelines.compare.variants import Compared
     from vlm_latency.plots.style import FigureContext, Style
     from vlm_latency.statistics import BandedFit, TableComparison
 
@@ -24,9 +26,16 @@ COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
 
 def compare_runs(
-    settings: Options, runs: list[Run]
+    settings: Options, runs: Compared, measured: pd.DataFrame
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, dict[str, Figure]]:
-    """Compare each run with the first one, experiment by experiment.
+    """Compare each run with the first one, experiment by experiment; or variants, pair by pair.
+
+    Parameters
+    ----------
+    runs
+        Results folders, or variants.
+    measured
+        The runs of the variants.
 
     Returns
     -------
@@ -40,7 +49,8 @@ def compare_runs(
     DataError
         When two runs share no experiment, or none of theirs a request or a shape.
     """
-    from vlm_latency.plots.comparison import ratios
+    if not isinstance(runs, list):
+        return _compare_variants(settings, runs, measured)
     from vlm_latency.plots.style import FigureContext, Style
 
     runs = _named_apart(runs)
@@ -73,27 +83,93 @@ def compare_runs(
         model="",
     )
     style = Style.of(settings.experiment("compare").figures)
-    result = {
+    names = [run.name for run in runs]
+    result = _result(settings, about, names, comparisons, differences)
+    result["not_compared"] = not_compared
+    figure = _ratios(settings, comparisons, baseline.name, context, style)
+    return result, {"compare": _table(comparisons)}, figure, side_by_side(runs, context, style)
+
+
+def _compare_variants(
+    settings: Options, variants: Variants, measured: pd.DataFrame
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, dict[str, Figure]]:
+    """Judge variants that were measured in turn: nothing is widened, differences are in ms too."""
+    from vlm_latency.pipelines.compare.variants import environments, judge
+    from vlm_latency.plots.composition import stacks
+    from vlm_latency.plots.style import FigureContext, Style
+
+    found = judge(settings, variants, measured)
+    about = environments(settings, variants)
+    first, *others = about
+    differences = {name: _differing(about[first], about[name]) for name in others}
+    result = _result(settings, about[first], list(about), found.comparisons, differences)
+    result |= {
+        "interleaved": True,
+        "differences": found.differences,
+        "variants": {
+            name: handle.options.model_dump(mode="json", exclude_defaults=True)
+            for name, handle in variants.models.items()
+        },
+        "coverage": {
+            "planned": len(measured),
+            "measured": int((measured["status"] == "ok").sum()),
+            "failed": int((measured["status"] == "failed").sum()),
+            "failures": measured["error"].value_counts().head(5).to_dict(),
+        },
+    }
+    context = FigureContext(
+        environment_line=f"baseline {first}: {about[first]['line']}; measured in turn",
+        marks=tuple(dict.fromkeys(mark for each in about.values() for mark in _marks(each))),
+        model="",
+    )
+    style = Style.of(settings.experiment("compare").figures)
+    means = {name: common.means(rows) for name, rows in found.records.items()}
+    told = replace(context, finding="Mean latency of a request by component")
+    return (
+        result,
+        {"compare": found.table()},
+        _ratios(settings, found.comparisons, first, context, style),
+        {"compare_components": stacks(means, told, style)},
+    )
+
+
+def _marks(environment: dict[str, Any]) -> tuple[str, ...]:
+    return marks({"environment": environment})
+
+
+def _ratios(
+    settings: Options,
+    comparisons: dict[str, TableComparison],
+    baseline: str,
+    context: FigureContext,
+    style: Style,
+) -> Figure:
+    from vlm_latency.plots.comparison import ratios
+
+    return ratios(comparisons, baseline, settings.compare.margin, context, style)
+
+
+def _result(
+    settings: Options,
+    environment: dict[str, Any],
+    names: list[str],
+    comparisons: dict[str, TableComparison],
+    differences: dict[str, dict[str, list[Any]]],
+) -> dict[str, Any]:
+    """Give what is said of any comparison; the first of the names is the baseline."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "compare",
-        "model": about.get("model"),
-        "environment": about,
-        "baseline": baseline.name,
-        "runs": [run.name for run in candidates],
+        "model": environment.get("model"),
+        "environment": environment,
+        "baseline": names[0],
+        "runs": names[1:],
         "margin": settings.compare.margin,
         "options": {"compare": settings.compare.model_dump(mode="json")},
         "comparisons": comparisons,
-        "not_compared": not_compared,
         "environment_differences": differences,
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
-    figure = ratios(comparisons, baseline.name, settings.compare.margin, context, style)
-    return (
-        result,
-        {"compare": _table(comparisons)},
-        figure,
-        side_by_side(runs, context, style),
-    )
 
 
 def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[str, Figure]:
@@ -166,6 +242,14 @@ def environment_differences(baseline: Run, run: Run) -> dict[str, list[Any]]:
                 "conditions": ["recorded" if side else "not recorded" for side in (before, after)]
             }
         )
+    return _unequal(before, after)
+
+
+def _differing(baseline: dict[str, Any], variant: dict[str, Any]) -> dict[str, list[Any]]:
+    return _unequal(_flat(baseline["conditions"]), _flat(variant["conditions"]))
+
+
+def _unequal(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
     return {
         name: [before.get(name), after.get(name)]
         for name in sorted({*before, *after})
@@ -177,12 +261,17 @@ def _conditions(run: Run) -> dict[str, Any]:
     """The conditions of a run's experiments, flat; the measuring method is the experiments' own."""
     flat: dict[str, Any] = {}
     for result in run.results.values():
-        conditions = (result.get("environment") or {}).get("conditions") or {}
-        for group, values in conditions.items():
-            if isinstance(values, dict):
-                flat |= {f"{group}.{name}": value for name, value in values.items()}
-            else:
-                flat[group] = values
+        flat |= _flat((result.get("environment") or {}).get("conditions") or {})
+    return flat
+
+
+def _flat(conditions: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for group, values in conditions.items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            flat[group] = values
     return flat
 
 

@@ -1,20 +1,27 @@
-"""compare: two runs or more, matched by request and shape, become verdicts."""
+"""compare: two runs or more, matched by request and shape, or variants in turn, become verdicts."""
 
 from kedro.pipeline import Pipeline, node
 
-from vlm_latency.pipelines.compare import nodes
+from vlm_latency.pipelines.compare import nodes, variants
 
 
 def create_pipeline() -> Pipeline:
-    """Compare results folders; fail afterwards where the user asked for it."""
+    """Compare results folders or variants; fail afterwards where the user asked for it."""
     stage = Pipeline(
         [
             node(
-                nodes.compare_runs,
+                variants.measure_variants,
                 inputs=["settings", "runs"],
+                outputs="records",
+                name="measure_variants",
+                tags="owns_device",
+            ),
+            node(
+                nodes.compare_runs,
+                inputs=["settings", "runs", "records"],
                 outputs=["result", "tables", "figure_compare", "side_by_side"],
                 name="compare_runs",
-            )
+            ),
         ]
     )
     # Outside the namespace: it comes after the page, which is everybody's.
