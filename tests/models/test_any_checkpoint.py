@@ -18,6 +18,7 @@ from vlm_latency.instrument.session import _entered
 from vlm_latency.models import describe
 from vlm_latency.models.loading import VLM
 from vlm_latency.models.requests import MAX_PROMPT, TokenCounts
+from vlm_latency.models.zoo import load_zoo
 from vlm_latency.options import ModelOptions, Options
 
 QUICK = {"num_runs": 1, "output_length": 2, "warmup": "fixed", "warmup_runs": 0}
@@ -124,12 +125,49 @@ def test_a_size_that_no_header_can_have_is_no_memory_error(checkpoint):
         load_model(str(checkpoint))
 
 
-def test_a_hundred_thousand_layers_are_refused_from_their_number(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 100_000
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"num_hidden_layers=100,000; expected at most 1,000"):
-        describe(ModelOptions(name=str(checkpoint))).meta_model()
+def _sizes(tree, path=()):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _sizes(value, (*path, name))
+        elif type(value) is int and name.endswith(("layers", "depth")):
+            yield (*path, name), 100_000
+            yield (*path, name), 1_001
+        elif type(value) is int and name in ("hidden_size", "intermediate_size", "embed_dim"):
+            yield (*path, name), 10**7
+
+
+FAMILIES = sorted(
+    {entry.config["model_type"]: name for name, entry in load_zoo().models.items()}.values()
+)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_sizes_that_no_model_has_are_refused_before_a_configuration_is_made(
+    model, tmp_path, monkeypatch
+):
+    whole = describe(ModelOptions(name=model)).config
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail())
+    changes = list(_sizes(whole))
+    assert {"hidden_size", "num_hidden_layers"} & {path[-1] for path, _ in changes}
+    for path, size in changes:
+        changed = copy.deepcopy(whole)
+        group = changed
+        for name in path[:-1]:
+            group = group[name]
+        group[path[-1]] = size
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=f"{path[-1]}={size:,}; expected at most"):
+            describe(ModelOptions(name=str(tmp_path)))
+
+
+def test_sizes_of_the_zoo_and_of_the_users_zoo_file_are_looked_at_too(tmp_path):
+    own = {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", "num_hidden_layers": 10**9},
+    }
+    (tmp_path / "zoo.yml").write_text(json.dumps({"models": {"mine": {"config": own}}}))
+    with pytest.raises(ModelError, match=r"mine is not valid: num_hidden_layers=1,000,000,000"):
+        describe(ModelOptions(name="mine", zoo_file=str(tmp_path / "zoo.yml")))
 
 
 # ---- chat templates and old processors

@@ -22,6 +22,7 @@ from vlm_latency.models.requests import (
     offline_preparer,
     pretrained_preparer,
 )
+from vlm_latency.models.sizes import check_sizes
 from vlm_latency.models.zoo import Family, is_path, load_zoo, weights_kind
 from vlm_latency.molmo.tiling import Tiles
 from vlm_latency.records import BYTES_PER_VALUE
@@ -31,16 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from vlm_latency.options import ModelOptions
-
-MAX_LAYERS = 1_000
-_DEPTHS = (
-    "num_hidden_layers",
-    "num_layers",
-    "depth",
-    "n_layer",
-    "encoder_layers",
-    "decoder_layers",
-)
 
 
 class Architecture:
@@ -383,7 +374,6 @@ def build_on_meta(
     import torch
     from transformers import AutoModelForImageTextToText
 
-    _check_depth(config)
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
@@ -401,20 +391,6 @@ def build_on_meta(
     return model.eval()
 
 
-def _check_depth(config: PreTrainedConfig) -> None:
-    """Refuse a configuration of more layers than any model has, before they are made one by one."""
-    from transformers import PreTrainedConfig
-
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            _check_depth(value)
-        elif name in _DEPTHS and isinstance(value, int) and value > MAX_LAYERS:
-            raise ModelError(
-                f"the configuration of model_type {config.model_type!r} has {name}={value:,}; expected "
-                f"at most {MAX_LAYERS:,} layers"
-            )
-
-
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
@@ -425,6 +401,7 @@ def _make_config(name: str, values: Mapping[str, Any]) -> PreTrainedConfig:
 
     fields = copy.deepcopy(dict(values))
     try:
+        check_sizes(values)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except Exception as error:  # each configuration class raises kinds of its own
         raise ModelError(f"the zoo's configuration of {name} is not valid: {error}") from error
@@ -439,6 +416,7 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
     try:
         # A native family stays ours even where remote code is trusted.
         keys, _ = PreTrainedConfig.get_config_dict(path, **where)
+        check_sizes(keys)
         family = load_zoo(options.zoo_file).families.get(str(keys.get("model_type")), Family())
         trust = options.trust_remote_code and not family.native
         return AutoConfig.from_pretrained(path, trust_remote_code=trust, **where)

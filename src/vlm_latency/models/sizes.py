@@ -1,0 +1,53 @@
+"""Sizes that no model has: refused as they stand in a configuration, before anything is made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlm_latency.errors import ModelError
+
+# What a key's name ends with, and the largest number that it may hold; the first that fits counts.
+# Far above what was ever published: 126 layers, 512 experts, 10,485,760 positions.
+_LIMITS = tuple(
+    (re.compile(name), most)
+    for name, most in (
+        (r"(layers?|depths?|blocks)$", 1_000),
+        (r"(experts|image_size|num_crops|max_crops)$", 16_384),
+        (r"(vocab_size|positions?|embeddings|length|pixels|theta|id|ids|tokens?)$", 2**31),
+        (r"(size|dim|width|channels|heads|groups|d_model|d_ff)$", 2**20),
+        (r"", 2**53),
+    )
+)
+_PER_LAYER = re.compile(r"(layer_types|depths|layers_block_type)$")  # lists with an item per layer
+_MAX_DEPTH = 20  # of dicts within dicts
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration with a size beyond any model's.
+
+    Raises
+    ------
+    ModelError
+        Naming the key, its value and the largest that is taken.
+    """
+    for name, value in _numbers(config, _MAX_DEPTH):
+        most = next(most for pattern, most in _LIMITS if pattern.search(name))
+        if value > most:
+            raise ModelError(f"{name}={value:,}; expected at most {most:,}")
+
+
+def _numbers(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, int]]:
+    """Every integer with its key; the length of a list that has an item per layer as `layers`."""
+    if not depth:
+        raise ModelError(f"dicts within dicts, deeper than {_MAX_DEPTH}")
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, depth - 1)
+        elif isinstance(value, list):
+            if _PER_LAYER.search(str(name)):
+                yield f"{name}, in layers", len(value)
+            yield from ((str(name), each) for each in value if type(each) is int)
+        elif type(value) is int:
+            yield str(name), value
