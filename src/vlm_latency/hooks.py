@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -128,14 +129,18 @@ class ProjectHooks:
     def on_pipeline_error(self) -> None:
         """Let the next command write."""
         self._held.close()
+        _end_workers()
 
     @hook_impl
-    def after_pipeline_run(self, pipeline: Pipeline) -> None:
+    def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Let the next command write; say where the results are."""
         self._held.close()
+        _end_workers()
         page = self._root / "report" / "index.html"
         made = f"; open {page}" if "page" in pipeline.all_outputs() else ""
         if self._options.measurement.shard:
+            for journal in pipeline.outputs():  # nothing reads it, which would close it
+                catalog.release(journal)
             log.info(
                 "The journals are in %s; when all shards are measured, the same command without "
                 "measurement.shard gathers them",
@@ -143,6 +148,11 @@ class ProjectHooks:
             )
             return
         log.info("Results are in %s%s", self._root, made)
+
+
+def _end_workers() -> None:
+    if pool := sys.modules.get("vlm_latency.workers.pool"):
+        pool.close()
 
 
 def _only_measure(pipeline: Pipeline, experiments: list[str], shard: Shard) -> None:

@@ -103,6 +103,15 @@ def _shard(value: Any) -> Any:
     return Shard(int(match[1]), int(match[2]))
 
 
+def _workers(value: Any) -> int | str:
+    text = str(value)
+    if text == "all":
+        return text
+    if re.fullmatch(r"[1-9]\d*", text):
+        return int(text)
+    raise ValueError("expected a number of workers, or all")
+
+
 Lengths = Annotated[tuple[Annotated[int, Field(gt=0)], ...], BeforeValidator(_words)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
 PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
@@ -114,5 +123,6 @@ _AS_WRITTEN = PlainSerializer(lambda pair: f"{pair[0]}x{pair[1]}", when_used="js
 Tiling = Annotated[tuple[_Count, _Count], BeforeValidator(_tiling), _AS_WRITTEN]
 Size = Annotated[tuple[_Count, _Count], BeforeValidator(_size), _AS_WRITTEN]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_words)]
+Workers = Annotated[int | str, BeforeValidator(_workers)]
 PartOfPlan = Annotated[Shard, BeforeValidator(_shard), PlainSerializer(str, when_used="json")]
 TilingOrNone = Annotated[Tiling | None, BeforeValidator(_tiling_or_none)]

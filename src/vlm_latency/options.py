@@ -40,11 +40,12 @@ from vlm_latency.option_types import (
     Sizes,
     Tiling,
     Words,
+    Workers,
     asked,
 )
 
 COMPILED = ("compiled", "compiled-all", "loop")  # engines whose decode step is one graph
-OF_THE_COMMAND = ("shard",)  # of measurement.*: not to be set for one experiment alone
+OF_THE_COMMAND = ("shard", "workers")  # of measurement.*: not to be set for one experiment alone
 CAPTURED = COMPILED[1:]  # engines whose encoder, projector and prefill are graphs too
 
 
@@ -154,6 +155,17 @@ class MeasurementOptions(Group):
     # 3/8: measure the third of eight parts, into output_dir/shard-3of8; without it the same command
     # gathers all parts
     shard: PartOfPlan | None = None
+    workers: Workers = (
+        1  # processes that measure, one per device; all: as many as there are devices
+    )
+
+
+class RayOptions(Group):
+    """``ray.*``: devices of other machines."""
+
+    address: str | None = (
+        None  # of a Ray cluster that runs: host:port, auto, ray://…; None: this machine
+    )
 
 
 class FlopsOptions(Group):
@@ -295,6 +307,7 @@ class ExperimentOptions(Group, Generic[Sampling_co]):
     sampling: SerializeAsAny[Sampling_co]
     own: SerializeAsAny[Group] = Group()  # the experiment's parameters beside the groups
     measurement: MeasurementOptions
+    ray: RayOptions = RayOptions()
     flops: FlopsOptions
     figures: FigureOptions
 
@@ -319,6 +332,7 @@ class _Shared(Group):
     model: ModelOptions = ModelOptions()
     dataset: DatasetOptions = DatasetOptions()
     prompt: PromptOptions = PromptOptions()
+    ray: RayOptions = RayOptions()
 
 
 # Parameters that the protocol settles, and those of the table's experiments: types made at run time.
@@ -412,6 +426,7 @@ class Options(_Tree):
             if row
             else Group(),
             measurement=MeasurementOptions(**measurement),
+            ray=self.ray,
             flops=FlopsOptions(**(preset["flops"] | _said(flops))),
             figures=FigureOptions(**(preset["figures"] | _said(self.figures.model_dump()))),
         )

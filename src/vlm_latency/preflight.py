@@ -14,6 +14,7 @@ from kedro.io import DatasetError
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.options import ExperimentOptions, Options
+from vlm_latency.workers.asked import ask_for
 
 
 def check(
@@ -89,6 +90,8 @@ def check(
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         if runs_model:
             attempt(_nvtx, options, experiments, handle)
+            if experiments:
+                attempt(ask_for, options.measurement, options.ray, handle)
         for name in experiments:
             settled = options.experiment(name, handle.weights)
             known = len(problems)

@@ -25,8 +25,9 @@ _NAMED = 3  # requests that a refusal names
 def deal(planned: pd.DataFrame, shapes: Mapping[str, Hashable], count: int) -> np.ndarray:
     """Deal the runs of a plan to so many hands, which all get every shape.
 
-    The runs are dealt one by one, those of one shape after those of another: hands differ by one
-    run at most, in each shape and in all.
+    Where a shape has as many requests as there are hands, requests are dealt with all of their
+    runs, so that repeats of one tell the noise of one device; else single runs are. Those of one
+    shape come after those of another, so hands differ by one deal at most, in each shape and in all.
 
     Parameters
     ----------
@@ -47,12 +48,22 @@ def deal(planned: pd.DataFrame, shapes: Mapping[str, Hashable], count: int) -> n
     [0, 1, 0, 0, 1, 1]
     """
     codes = {shape: code for code, shape in enumerate(dict.fromkeys(shapes.values()))}
-    shape = planned["request_id"].map({name: codes[of] for name, of in shapes.items()})
-    request = planned["request_id"].map({name: number for number, name in enumerate(shapes)})
-    order = np.lexsort((request, planned["run_index"].astype(int), shape))
-    hands = np.empty(len(planned), int)
-    hands[order] = np.arange(len(planned)) % count
-    return hands
+    of_request = {name: number for number, name in enumerate(shapes)}
+    runs = pd.DataFrame(
+        {
+            "shape": planned["request_id"].map({name: codes[of] for name, of in shapes.items()}),
+            "request": planned["request_id"].map(of_request),
+            "run": planned["run_index"].astype(int),
+        }
+    ).reset_index(drop=True)
+    runs["weight"] = -runs.groupby("request")["run"].transform("size")
+    whole = runs.groupby("shape")["request"].transform("nunique") >= count
+    runs["unit"] = runs["run"].where(~whole, 0)
+    runs.loc[~whole, "weight"] = 0
+    dealt = runs.drop_duplicates(["request", "unit"])
+    dealt = dealt.sort_values(["shape", "weight", "unit", "request"]).assign(hand=0)
+    dealt["hand"] = np.arange(len(dealt)) % count
+    return runs.merge(dealt[["request", "unit", "hand"]], on=["request", "unit"])["hand"].to_numpy()
 
 
 def rare(planned: pd.DataFrame, shapes: Mapping[str, Hashable], count: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,15 +74,18 @@ def test_every_hand_gets_its_share_of_every_shape(shapes: list[int], runs: int, 
     planned = pd.DataFrame(
         [(name, index) for index in range(runs) for name in names],
         columns=["request_id", "run_index"],
-    )
-    dealt = deal(planned.sample(frac=1, random_state=0), names, hands)
-    of = planned.sample(frac=1, random_state=0)["request_id"].map(names)
-    everything = Counter(dict.fromkeys(range(hands), 0)) | Counter(dealt.tolist())
-    assert max(everything.values()) - min(everything.get(n, 0) for n in range(hands)) <= 1
+    ).sample(frac=1, random_state=0)
+    dealt = deal(planned, names, hands)
+    of = planned["request_id"].map(names)
+    assert set(dealt) <= set(range(hands))
     for shape in set(shapes):
         counts = [int(((dealt == hand) & (of == shape)).sum()) for hand in range(hands)]
-        assert max(counts) - min(counts) <= 1
+        whole = shapes.count(shape) >= hands
+        assert max(counts) - min(counts) <= (runs if whole else 1)
         assert sum(counts) == runs * shapes.count(shape)
+        if whole:  # all runs of a request are in one hand
+            at = pd.DataFrame({"request": planned["request_id"], "hand": dealt})[of == shape]
+            assert len(at.drop_duplicates()) == shapes.count(shape)
 
 
 def test_three_shards_are_the_table_of_one_device(
@@ -99,7 +101,8 @@ def test_three_shards_are_the_table_of_one_device(
     assert len(table) == 12 * 2 + 3
     assert table["order_index"].tolist() == list(range(len(table)))
     assert table["started_at"].is_monotonic_increasing
-    assert table["worker_index"].value_counts().to_dict() == {1: 9, 2: 9, 3: 9}
+    assert table["worker_index"].value_counts().between(7, 11).all()
+    assert sorted(table["worker_index"].unique()) == [1, 2, 3]
     assert one["worker_index"].unique().tolist() == [1]
     files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
     beside = {path.parts[2] for path in files if path.parts[0].startswith("shard-") and path.suffix}

@@ -84,15 +84,15 @@ def environment(
         a ``line`` in words, and ``conditions``: the part that could change a number.
     """
     about = _model(model, architecture)
-    hardware = _hardware(about["device"])
-    software = _software(about["device"])
+    machine = hardware(about["device"])
+    versions = software(about["device"])
     settings = measurement.model_dump(mode="json")
     seeds = {"model": model.seed, "measurement": measurement.seed, "dataset": dataset.get("seed")}
     code = code_hash()
     return {
-        "line": _line(hardware, software, about),
-        "hardware": hardware,
-        "software": software,
+        "line": _line(machine, versions, about),
+        "hardware": machine,
+        "software": versions,
         "model": about,
         "measurement": settings,
         "dataset": dict(dataset),
@@ -101,8 +101,8 @@ def environment(
         "process": _process(),
         "code": {"version": vlm_latency.__version__, "sha256": code, **_commit()},
         "conditions": {
-            "hardware": hardware,
-            "software": software,
+            "hardware": machine,
+            "software": versions,
             "model": about,
             "measurement": {name: settings[name] for name in _RUN_SETTINGS},
             # questions are told apart by their request_id, of which there may be more next time
@@ -222,7 +222,8 @@ def _contents(path: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hardware(device: str) -> dict[str, Any]:
+def hardware(device: str) -> dict[str, Any]:
+    """Say what there is beside the device, and what the device is."""
     found: dict[str, Any] = {
         "machine": platform.machine(),
         "cpu": _cpu_name(),
@@ -263,7 +264,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _software(device: str) -> dict[str, Any]:
+def software(device: str) -> dict[str, Any]:
+    """Give versions, of the driver too where there is a GPU."""
     found: dict[str, Any] = {"os": platform.platform(), "python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -321,16 +323,14 @@ def _commit() -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
-def _line(hardware: dict[str, Any], software: dict[str, Any], model: dict[str, Any]) -> str:
+def _line(machine: dict[str, Any], versions: dict[str, Any], model: dict[str, Any]) -> str:
     threads = model["num_threads"]
-    cores = f"{threads} of {hardware['logical_cores']} cores"
-    where = (
-        f"{hardware['gpu']} beside {cores}" if "gpu" in hardware else f"{hardware['cpu']}, {cores}"
-    )
+    cores = f"{threads} of {machine['logical_cores']} cores"
+    where = f"{machine['gpu']} beside {cores}" if "gpu" in machine else f"{machine['cpu']}, {cores}"
     chosen = model["sdpa_backend"]
     attention = model["attn_implementation"] + (f" ({chosen})" if chosen != "auto" else "")
     parts = [where, model["dtype"], attention, model["engine"]]
-    parts += [f"{name} {software[name]}" for name in ("torch", "transformers") if name in software]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions]
     return ", ".join(parts)
 
 

@@ -46,6 +46,7 @@ def measure(
     worker_index: int = 1,
     log: SessionLog | None = None,
     progress: bool = True,
+    announce: bool = False,
 ) -> Iterator[list[Row]]:
     """Measure the planned runs that are not done yet.
 
@@ -71,6 +72,9 @@ def measure(
         Filled in on the way, complete at the end.
     progress
         Whether to show runs done, rate and time left on stderr.
+    announce
+        Whether to yield an empty list when all is warm; the time until more is asked for counts as
+        warming up.
 
     Yields
     ------
@@ -94,11 +98,17 @@ def measure(
     name = str(model_name or vlm.options.name)
     taking = _Turn(session, _identity(vlm, name, fingerprint, worker_index))
     first = len(done) if start_index is None else start_index
-    runs = _runs([taking], requests, len(planned), left, options, first, progress)
+    runs = _runs([taking], requests, len(planned), left, options, first, progress, announce)
     chunk: list[Row] = []
     flushed = time.perf_counter()
     with contextlib.closing(runs):
         try:
+            if announce:
+                next(runs)
+                paused = time.perf_counter()
+                yield []
+                flushed = time.perf_counter()
+                log.warmup_s += flushed - paused
             for row in runs:
                 chunk.append(row)
                 late = time.perf_counter() - flushed >= SECONDS_PER_CHUNK
@@ -169,8 +179,12 @@ def _runs(
     options: MeasurementOptions,
     first_index: int,
     progress: bool,
+    announce: bool = False,
 ) -> Generator[Row]:
-    """Make the runs that are left, of so many that were planned, with each model in turn."""
+    """Make the runs that are left, of so many that were planned, with each model in turn.
+
+    With `announce` an empty row says that all is warm.
+    """
     rows = {row["request_id"]: row for row in plain_rows(requests)}
     asked = list({run["request_id"]: rows[run["request_id"]] for run in left}.values())
     allowed = math.ceil(options.max_failures * planned)
@@ -186,10 +200,12 @@ def _runs(
         for turn in taking:
             with _WarmingUp(disable=not progress) as shown:
                 turn.session.open(asked, list(rows.values()), shown.say)
+        if announce:
+            yield {}
         done = planned - len(left)
         count = len(taking)
         bar = stack.enter_context(
-            _Progress(total=planned * count, initial=done * count, unit="run", disable=not progress)
+            Progress(total=planned * count, initial=done * count, unit="run", disable=not progress)
         )
         for position, run in enumerate(left):
             for place, which in enumerate(generator.permutation(count)):
@@ -222,7 +238,7 @@ def _identity(vlm: LoadedModel, name: str, fingerprint: str | None, index: int =
     }
 
 
-class _Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):  # type: ignore[type-arg]
     """Runs done, rate and time left; without tqdm's watching thread."""
 
     monitor_interval = 0
@@ -232,7 +248,7 @@ class _Progress(tqdm):  # type: ignore[type-arg]
         super().__init__(mininterval=seconds, dynamic_ncols=True, **options)
 
 
-class _WarmingUp(_Progress):
+class _WarmingUp(Progress):
     """What happens before the first run, and for how long already; measured runs only have a rate."""
 
     def __init__(self, disable: bool) -> None:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.options import ExperimentOptions, Options
+from vlm_latency.workers.asked import needs_workers, settled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,13 +39,27 @@ def measure_ceilings(
     from vlm_latency.models import thread_count
 
     device, dtype = model.device, model.dtype
-    threads = thread_count(model.options, device)
+    spread = needs_workers(settings.measurement, settings.ray)
+    shared = settled(model, settings.measurement, settings.ray) if spread else model.options
+    threads = thread_count(shared, device)
     asked = {"device": device, "dtype": dtype, "threads": threads}
     if known and asked.items() <= known.items():
         return known
     seconds = settings.calibration.ceiling_seconds
+    if spread:
+        return {**_ceilings_of_workers(settings, model, seconds), **asked}
     log.info("ceilings: measuring what %s can do in %s, about %.0f s", device, dtype, seconds)
     return {**ceilings(device, dtype, threads, seconds), **asked}
+
+
+def _ceilings_of_workers(settings: Options, model: ModelHandle, seconds: float) -> dict[str, Any]:
+    """Let every worker measure its own device; what holds for the table is the first one's."""
+    from vlm_latency.workers.pool import pool_of
+
+    pool = pool_of(model, settings.measurement, settings.ray)
+    log.info("ceilings: measuring what %s can do, about %.0f s", pool.line(), seconds)
+    found = pool.ceilings(seconds)
+    return {**found[0], "workers": found}
 
 
 def calibrate(

@@ -13,8 +13,9 @@ from vlm_latency.errors import MeasurementError
 from vlm_latency.experiments import BASELINE
 from vlm_latency.journal import RUN
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.records import MEASURED_COLUMNS, typed
+from vlm_latency.records import MEASURED_COLUMNS, Row, typed
 from vlm_latency.shards import deal, difference, gather, journals_of_shards, rare
+from vlm_latency.workers.asked import describe, needs_workers, settled
 
 if TYPE_CHECKING:
     from vlm_latency.datasets.record_log import Chunk
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from vlm_latency.vqa import QuestionSource
 
 log = logging.getLogger("vlm_latency")
+
+Made = tuple[list[Row], dict[str, Any] | None]  # runs, and what there is to say at an end
 
 
 def describe_environment(
@@ -44,13 +47,16 @@ def describe_environment(
     """
     from vlm_latency.instrument.environment import environment, fingerprint
 
+    spread = needs_workers(options.measurement, options.ray)
     found = environment(
-        options.model,
+        settled(model, options.measurement, options.ray) if spread else options.model,
         options.measurement,
         architecture=model.architecture,
         dataset=questions.describe(),
         template=options.prompt.template,
     )
+    if spread:
+        found["conditions"]["workers"] = describe(model, options.measurement, options.ray)
     return {**found, "fingerprint": fingerprint(found["conditions"])}
 
 
@@ -86,10 +92,6 @@ def measure(
     Chunk
         Runs as they finish; each chunk is on the disk before the next run starts.
     """
-    from vlm_latency.instrument.protocol import measure
-    from vlm_latency.instrument.session import SessionLog
-    from vlm_latency.vqa import image_bytes
-
     name, part = options.experiment, options.measurement.shard
     mark = environment["fingerprint"]
     head = {"fingerprint": mark, "conditions": environment["conditions"]}
@@ -112,13 +114,37 @@ def measure(
     if not _worth_measuring(options, len(held), len(plan)):
         return
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
-    session = SessionLog()
+    first = 0 if finished.empty else int(finished["order_index"].max()) + 1
+    runs = _measure_here
+    if needs_workers(options.measurement, options.ray):
+        runs = _measure_on_workers
+    for rows, session in runs(options, requests, plan, done, first, model, questions, mark):
+        said = {"session": session} if session else {}
+        yield {**head, "rows": rows, **said}  # type: ignore[typeddict-item]
+
+
+def _measure_here(
+    options: ExperimentOptions,
+    requests: pd.DataFrame,
+    plan: pd.DataFrame,
+    done: set[tuple[str, int]],
+    first: int,
+    model: ModelHandle,
+    questions: QuestionSource,
+    mark: str,
+) -> Iterator[Made]:
+    """Make the runs that are not done in this process."""
+    from vlm_latency.instrument.protocol import measure
+    from vlm_latency.instrument.session import SessionLog
+    from vlm_latency.vqa import image_bytes
+
+    session, part = SessionLog(), options.measurement.shard
     vlm: Any = model.vlm
-    if methods := requests["method"].dropna().unique().tolist():
+    if methods := _methods(requests):
         from vlm_latency.reduction import method_of
         from vlm_latency.reduction.vlm import Reduced
 
-        vlm = Reduced(vlm, {name: method_of(name) for name in methods if name != BASELINE})
+        vlm = Reduced(vlm, {name: method_of(name) for name in methods})
     for rows in measure(
         vlm,
         requests,
@@ -128,12 +154,55 @@ def measure(
         fetch=lambda row: image_bytes(row, questions.root),
         template=options.prompt.template,
         fingerprint=mark,
-        start_index=0 if finished.empty else int(finished["order_index"].max()) + 1,
+        start_index=first,
         worker_index=part.number if part else 1,
         log=session,
     ):
-        yield {**head, "rows": rows}  # type: ignore[typeddict-item]
-    yield {**head, "rows": [], "session": session.to_dict()}  # type: ignore[typeddict-item]
+        yield rows, None
+    yield [], session.to_dict()
+
+
+def _measure_on_workers(
+    options: ExperimentOptions,
+    requests: pd.DataFrame,
+    plan: pd.DataFrame,
+    done: set[tuple[str, int]],
+    first: int,
+    model: ModelHandle,
+    questions: QuestionSource,
+    mark: str,
+) -> Iterator[Made]:
+    """Make the runs that are not done on other devices, or in other processes."""
+    from vlm_latency.workers.pool import pool_of
+    from vlm_latency.workers.run import measure
+    from vlm_latency.workers.worker import Work
+
+    pool, part = pool_of(model, options.measurement, options.ray), options.measurement.shard
+    log.info("%s: %s", options.experiment, pool.line())
+    keys = zip(plan["request_id"], plan["run_index"].astype(int), strict=True)
+    left = plan[[key not in done for key in keys]].reset_index(drop=True)
+    shapes = _shapes(requests, model)
+    yield from measure(
+        pool,
+        Work(
+            requests,
+            options.measurement,
+            questions.root,
+            options.prompt.template,
+            mark,
+            _methods(requests),
+        ),
+        left,
+        lambda runs, hands: deal(runs, shapes, hands),
+        planned=len(plan),
+        first_order=first,
+        first_worker=1 + (part.number - 1) * pool.count if part else 1,
+    )
+
+
+def _methods(requests: pd.DataFrame) -> tuple[str, ...]:
+    """Name the methods of token reduction that the requests ask for."""
+    return tuple(name for name in requests["method"].dropna().unique() if name != BASELINE)
 
 
 def _say_what_lies_there(

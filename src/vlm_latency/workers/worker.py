@@ -1,0 +1,123 @@
+"""What happens in the process of one device: load, learn what the device can do, warm up, measure."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlm_latency.instrument.environment import code_hash, device_name, hardware, software
+from vlm_latency.instrument.protocol import measure
+from vlm_latency.instrument.session import SessionLog
+from vlm_latency.models import ModelHandle, thread_count
+from vlm_latency.options import MeasurementOptions, ModelOptions
+from vlm_latency.records import Row
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all workers of one measurement are told.
+
+    Attributes
+    ----------
+    methods
+        Of token reduction, as `vlm_latency.reduction.method_of` makes them by name.
+    root
+        Where the images lie.
+    """
+
+    requests: pd.DataFrame
+    measurement: MeasurementOptions
+    root: Path | None
+    template: str
+    fingerprint: str
+    methods: tuple[str, ...] = ()
+
+
+class Worker:
+    """One device's process; Ray makes an actor of it.
+
+    Parameters
+    ----------
+    index
+        Counted from 1.
+    folder
+        The working directory, which relative paths are relative to.
+    """
+
+    def __init__(self, index: int, model: ModelOptions, folder: str) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        self.index, self.handle = index, ModelHandle(model)
+        self._runs: Iterator[list[Row]] = iter(())
+        self._log = SessionLog()
+
+    def describe(self) -> dict[str, Any]:
+        """Say where this is, what it computes with and which code it runs."""
+        device = self.handle.device
+        return {
+            "index": self.index,
+            "host": platform.node(),
+            "process": os.getpid(),
+            "device": device,
+            "device_name": device_name(device),
+            "hardware": hardware(device),
+            "software": software(device),
+            "code_sha256": code_hash(),
+        }
+
+    def load(self) -> None:
+        """Load the model."""
+        _ = self.handle.vlm
+
+    def ceilings(self, seconds: float) -> dict[str, Any]:
+        """Measure what this device can do at most."""
+        from vlm_latency.instrument.ceilings import ceilings
+
+        handle = self.handle
+        threads = thread_count(handle.options, handle.device)
+        return ceilings(handle.device, handle.dtype, threads, seconds)
+
+    def prepare(self, work: Work, planned: pd.DataFrame) -> float:
+        """Warm up for the runs of this worker.
+
+        Returns
+        -------
+        float
+            How many seconds that took.
+        """
+        from vlm_latency.vqa import image_bytes
+
+        vlm: Any = self.handle.vlm
+        if work.methods:
+            from vlm_latency.reduction import method_of
+            from vlm_latency.reduction.vlm import Reduced
+
+            vlm = Reduced(vlm, {name: method_of(name) for name in work.methods})
+        self._log = SessionLog()
+        self._runs = measure(
+            vlm,
+            work.requests,
+            work.measurement,
+            planned=planned,
+            fetch=lambda row: image_bytes(row, work.root),
+            template=work.template,
+            fingerprint=work.fingerprint,
+            worker_index=self.index,
+            log=self._log,
+            progress=False,
+            announce=True,
+        )
+        next(self._runs)
+        return self._log.warmup_s
+
+    def measure(self) -> Iterator[tuple[list[Row], dict[str, Any] | None]]:
+        """Make the runs that were prepared, then say what there is to say at the end."""
+        for rows in self._runs:
+            yield rows, None
+        yield [], {**self._log.to_dict(), "worker_index": self.index}
