@@ -103,7 +103,7 @@ def test_the_closing_line_says_where_the_results_are(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level("INFO", "vlm_latency"):
-        hook.after_pipeline_run(pipeline=pipeline)
+        hook.after_pipeline_run(pipeline=pipeline, catalog=DataCatalog())
     (line,) = caplog.messages
     assert line.startswith(f"Results are in {tmp_path / 'results'}")
     assert ("index.html" in line) is page

@@ -90,8 +90,7 @@ def check(
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         if runs_model:
             attempt(_nvtx, options, experiments, handle)
-            if experiments:
-                attempt(ask_for, options.measurement, options.ray, handle)
+            attempt(ask_for, options.measurement, options.ray, handle)
         for name in experiments:
             settled = options.experiment(name, handle.weights)
             known = len(problems)
