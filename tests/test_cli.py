@@ -415,3 +415,38 @@ def test_telemetry_is_off_from_whichever_folder(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.split()[-1] == "False"
+
+
+def test_every_parameter_is_listed_with_its_values() -> None:
+    metadata = bootstrap_project(PROJECT)
+    from vlm_latency import cli
+    from vlm_latency.options import Options
+
+    done = CliRunner().invoke(cli.options, [], obj=metadata)
+    assert done.exit_code == 0, done.output
+    listed = dict(re.findall(r"^(\S+) = (.*)$", done.output, re.M))
+    assert listed["model.name"] == "tiny-molmo"  # of conf/base
+    assert listed["exp4.sampling.tiling"] == "2x3"
+    assert listed["measurement.order"] == "blocks (protocol=exact), ascending (protocol=seed)"
+    for group in ("model", "dataset", "calibration", "compare"):
+        for name in type(getattr(Options(), group)).model_fields:
+            assert any(each.startswith(f"{group}.{name}") for each in listed), name
+    assert "\n    eager | static | compiled | compiled-all | loop" in done.output
+    few = CliRunner().invoke(cli.options, ["exp4"], obj=metadata).output
+    assert "exp4.sampling" in few and "model.name" not in few
+    none = CliRunner().invoke(cli.options, ["nothing"], obj=metadata)
+    assert none.exit_code == 1 and "no parameter begins with 'nothing'" in none.output
+
+
+def test_models_are_listed_with_their_size(tmp_path: Path) -> None:
+    bootstrap_project(PROJECT)
+    from vlm_latency import cli
+
+    done = CliRunner().invoke(cli.models, [])
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line.split() for line in done.output.splitlines() if line}
+    assert lines["molmo-7b-d"][1:4] == ["8.02", "B", "14.94"]
+    assert lines["molmo-7b-d"][-1] == "model.name=allenai/Molmo-7B-D-0924"
+    assert {line[4] for line in lines.values() if line[2] in "BM"} <= {"yes", "no"}
+    none = CliRunner().invoke(cli.models, ["--zoo-file", str(tmp_path / "no.yml")])
+    assert none.exit_code == 1 and "there is no file" in none.output

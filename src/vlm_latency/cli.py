@@ -15,7 +15,7 @@ import click
 import yaml
 from kedro.framework.cli.project import run as kedro_run
 
-from vlm_latency import settings  # noqa: F401 (before Kedro's telemetry asks)
+from vlm_latency import settings
 from vlm_latency.errors import UserError
 
 # How Kedro's own sentences about a mistyped command begin.
@@ -81,7 +81,7 @@ def _wants_traceback() -> bool:
 
 
 @contextmanager
-def _one_message(traceback: bool) -> Iterator[None]:
+def _one_message(traceback: bool, hint: str = "\n(--traceback shows where)") -> Iterator[None]:
     before = _interrupt_when_terminated()
     try:
         yield
@@ -100,7 +100,7 @@ def _one_message(traceback: bool) -> Iterator[None]:
         if traceback or found is None:
             raise
         clear_frames(error.__traceback__)  # ends a measurement's progress bar, and its line
-        raise click.ClickException(f"{found}\n(--traceback shows where)") from None
+        raise click.ClickException(f"{found}{hint}") from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -141,10 +141,50 @@ def user_error(error: BaseException | None) -> str | None:
     return None
 
 
+@cli.command()
+@click.option("--zoo-file", help="Of one's own models, laid over the built-in ones.")
+def models(zoo_file: str | None) -> None:
+    """List the models known by name: size, whether they fit here, weights."""
+    with _one_message(_wants_traceback(), hint=""):
+        from vlm_latency import listing
+
+        line = "{:<20} {:>10}  {:>8}  {:<9}  {}"
+        click.echo(line.format("model.name", "parameters", "GiB bf16", "fits here", "weights"))
+        for row in listing.models(zoo_file):
+            click.echo(line.format(*row))
+        click.echo(
+            "\nA hub id, a folder with a checkpoint, or file.py:function is a model.name as well."
+        )
+
+
+@cli.command()
+@click.argument("prefix", default="")
+@click.pass_obj
+def options(metadata: Any, prefix: str) -> None:
+    """List every parameter: its values, default and meaning ('kedro options exp4': one group's)."""
+    with _one_message(_wants_traceback(), hint=""):
+        from vlm_latency import listing
+        from vlm_latency.config_loader import ConfigLoader
+
+        conf = str(metadata.project_path / settings.CONF_SOURCE)
+        loader = ConfigLoader(conf, **settings.CONFIG_LOADER_ARGS)
+        found = list(listing.options(loader.options, prefix))
+        if not found:
+            raise UserError(f"no parameter begins with '{prefix}'; 'kedro options' lists all")
+        for name, values, default, meaning in found:
+            click.secho(f"{name} = {default}", bold=True)
+            click.echo(f"    {values}" + (f": {meaning}" if meaning else ""))
+        if not prefix:
+            click.echo(
+                "\nGive them with --params name=value,name=value; for one experiment alone, "
+                "measurement.* and flops.* as exp1.measurement.*, exp1.flops.*"
+            )
+
+
 run = Run(
     "run",
     callback=kedro_run.callback,
-    help=kedro_run.help,
+    help=f"{kedro_run.help} 'kedro models' lists models, 'kedro options' every parameter of --params.",
     params=[
         *kedro_run.params,
         click.Option(["--traceback"], is_flag=True, help="Show the traceback of an error."),

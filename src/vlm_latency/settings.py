@@ -13,6 +13,7 @@ os.environ["KEDRO_DISABLE_TELEMETRY"] = "1"
 warnings.filterwarnings("ignore", message="register_new_resolver")
 
 HOOKS = (ProjectHooks(),)
+CONF_SOURCE = "conf"
 CONFIG_LOADER_CLASS = ConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",

@@ -185,7 +185,12 @@ def test_variants_are_measured_in_turn_and_compared(
     tmp_path: Path, kedro_run: Callable[..., dict[str, Any]]
 ) -> None:
     given = variants(tmp_path, "same: {}\nalso: {}\nslow: {model.null_sleep_ms: 40}\n")
-    small = {"compare.num_samples": 2, "compare.num_runs": 10, "compare.output_tokens": 3, "model.null_sleep_ms": 10}
+    small = {
+        "compare.num_samples": 2,
+        "compare.num_runs": 10,
+        "compare.output_tokens": 3,
+        "model.null_sleep_ms": 10,
+    }
     kedro_run("compare", tmp_path / "out", {**given, **small})
     runs = pd.read_parquet(tmp_path / "out" / "compare" / "compare_records.parquet")
     turns = runs.sort_values("order_index")["model"].tolist()
