@@ -1,8 +1,7 @@
 """What is known of an architecture's costs, kept between runs.
 
-One JSON file per architecture under the user's cache folder: `$VLM_LATENCY_CACHE`, else
-`$XDG_CACHE_HOME/vlm-latency`, else `~/.cache/vlm-latency`; ``VLM_LATENCY_CACHE=off`` keeps
-nothing. A file's name is the hash of all that its content follows from: the configuration, which
+One JSON file per architecture in ``costs/`` below the user's cache folder
+(`vlm_latency.contents.cache_folder`). A file's name is the hash of all that its content follows from: the configuration, which
 module is which, the versions of torch and transformers, and the source code that counts. It is
 replaced whole, and one that is damaged is as good as none.
 """
@@ -11,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from vlm_latency.contents import cache_folder, keep_text
 
 SECTIONS = ("census", "parameters", "images", "prefill", "step", "checks")
 
@@ -39,7 +38,7 @@ class Memory:
     @classmethod
     def of(cls, architecture: Any) -> Memory:
         """What was remembered of an architecture that a configuration describes."""
-        folder = _folder()
+        folder = cache_folder()
         if folder is None or getattr(architecture, "own_modules", True):
             return cls(None)
         known = json.dumps(
@@ -65,15 +64,8 @@ class Memory:
         for section, values in self._read().items():
             self.sections[section] = {**values, **self.sections[section]}
         content = json.dumps(self.sections)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".", suffix=".json")
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps({"sha256": _digest(content), "content": content}))
-            Path(name).replace(self.path)
-        except OSError:
-            return  # a cache that cannot be written saves no time, and that is all
-        self._saved = self._sizes()
+        if keep_text(self.path, json.dumps({"sha256": _digest(content), "content": content})):
+            self._saved = self._sizes()
 
     def _read(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -87,15 +79,6 @@ class Memory:
 
     def _sizes(self) -> list[int]:
         return [len(self.sections[section]) for section in SECTIONS]
-
-
-def _folder() -> Path | None:
-    given = os.environ.get("VLM_LATENCY_CACHE")
-    if given == "off":
-        return None
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm-latency"
 
 
 @cache

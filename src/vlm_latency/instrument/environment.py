@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 import vlm_latency
+from vlm_latency.contents import file_sha256
 from vlm_latency.options import MeasurementOptions, ModelOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "safetensors")
@@ -196,11 +197,7 @@ def _revision(options: ModelOptions, hub_id: str | None = None) -> str | None:
     folder = Path(source)
     if folder.is_dir():
         files = sorted(p for p in folder.rglob("*") if p.is_file() and _read_by_a_model(p, folder))
-        hashes = []
-        for path in files:
-            state = path.stat()
-            contents = _contents(path, state.st_size, state.st_mtime_ns)
-            hashes.append((path.relative_to(folder).as_posix(), contents))
+        hashes = [(path.relative_to(folder).as_posix(), file_sha256(path)) for path in files]
         return _sha256(json.dumps(hashes).encode())
     from huggingface_hub import try_to_load_from_cache
 
@@ -213,13 +210,6 @@ def _read_by_a_model(path: Path, folder: Path) -> bool:
     parts = path.relative_to(folder).parts
     hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
     return not hidden and path.suffix.lower() != ".md"
-
-
-@cache
-def _contents(path: Path, size: int, changed_ns: int) -> str:
-    """Hash a file; read again only when its size or its time of change is another."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hardware(device: str) -> dict[str, Any]:
