@@ -350,7 +350,7 @@ def _of_predictions() -> Iterator[Cell]:
                 lambda _, shapes=shapes, name=name, draw=draws: validated(
                     shapes, next(draw)
                 ).mape[name],
-                300, goal=shapes > 8,
+                300, exact=shapes > 8,
             )  # fmt: skip
         draws = count()
         yield Cell(
@@ -359,7 +359,7 @@ def _of_predictions() -> Iterator[Cell]:
             lambda _, shapes=shapes, draw=draws: validated(shapes, next(draw)).error_ratio(
                 "flops", "costs"
             ),
-            300, goal=shapes > 8,
+            300, exact=shapes > 8,
         )  # fmt: skip
 
 

@@ -103,8 +103,7 @@ def page(rows: list[Row], verdicts: pd.DataFrame, today: date, scale: float = 1.
         "values know nothing (heavy tails, rare modes), statistics that may be conservative keep "
         "only the lower goal. *warned* is the share of intervals whose note says that they may be "
         "too narrow: one value, or image, makes more than half of the variance. *no interval* is "
-        "the share of samples that got none, with the reason in the note. Held-out errors share "
-        "their fits, so their intervals are too short by some points and always carry the warning.",
+        "the share of samples that got none, with the reason in the note.",
         "",
         f"Outside of the goals by more than {SIGMAS} Monte Carlo errors: "
         + ("; ".join(f"{r.cell.statistic} ({r.cell.data}, {r.cell.n})" for r in outside) or "none")

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,3 +116,27 @@ def test_bad_input_is_told() -> None:
         nnls_relative_fit([1, 2, 3], [1.0, 1.0])
     with pytest.raises(UserError, match="1 names found for 2 columns"):
         nnls_relative_fit([[1, 2]], [1.0], ["x"])
+
+
+def test_intervals_of_held_out_errors_do_everything_again_without_each_shape() -> None:
+    rng = np.random.default_rng(3)
+    shape = np.repeat(np.arange(7), [1, 2, 1, 3, 1, 1, 2])
+    X = np.column_stack([np.ones(11), rng.uniform(1, 5, 7)[shape]])
+    y = X @ [3, 2] * np.exp(rng.normal(0, 0.1, 11))
+    found = cross_validate(shape, {"line": (X, nnls_relative_fit)}, y)
+    again = [
+        cross_validate(shape[kept], {"line": (X[kept], nnls_relative_fit)}, y[kept]).mape["line"]
+        for kept in (shape != left for left in range(7))
+    ]
+    logs = np.log([error.value for error in again])
+    half = scipy.stats.t.ppf(0.975, 6) * np.sqrt(6 / 7 * ((logs - logs.mean()) ** 2).sum())
+    error = found.mape["line"]
+    assert (error.low, error.high) == pytest.approx(error.value * np.exp([-half, half]))
+    assert found.median_error["line"].low is None and found.median_error["line"].note
+
+
+def test_two_shapes_give_an_error_without_interval() -> None:
+    found = cross_validate([0, 0, 1], {"x": ([1.0, 1.0, 2.0], nnls_relative_fit)}, [1.0, 1.1, 3.0])
+    assert found.mape["x"].value is not None and found.mape["x"].low is None
+    assert "at least 3 shapes" in found.mape["x"].note
+    assert found.error_ratio("x", "x").low is None

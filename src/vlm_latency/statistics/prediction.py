@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +13,21 @@ import scipy
 from numpy.typing import ArrayLike
 
 from vlm_latency.errors import DataError
-from vlm_latency.statistics.means import mean_estimate, ratio_estimate
-from vlm_latency.statistics.quantiles import percentile
-from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_values
+from vlm_latency.statistics.means import carried, mean_estimate
+from vlm_latency.statistics.results import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    Result,
+    as_codes,
+    as_values,
+)
+
+# Shapes are left out one by one up to this number, in so many groups beyond: refits are dear.
+LEFT_OUT = 30
+NO_MEDIAN = (
+    "no interval: a shape moves all fits, and ranks of the errors (82 to 98 %) do not know it"
+)
 
 
 class Fitted(Protocol):
@@ -125,11 +138,17 @@ class CrossValidation(Result):
     measured: Floats = field(repr=False, metadata={"plain": False})
     predicted: dict[str, Floats] = field(repr=False, metadata={"plain": False})
     groups: np.ndarray = field(repr=False, metadata={"plain": False})
+    without: dict[str, Floats] = field(repr=False, metadata={"plain": False})
 
     def error_ratio(self, name: str, alternative: str, level: float = 0.95) -> Estimate:
         """Return the mean error of `name` over that of `alternative`, on the same points."""
-        errors = [np.abs(self.predicted[key] / self.measured - 1) for key in (name, alternative)]
-        return _sharing_fits(ratio_estimate(errors[0], errors[1], self.groups, level=level))
+        of, over = (np.abs(self.predicted[key] / self.measured - 1) for key in (name, alternative))
+        if over.mean() <= ROUNDING:
+            note = f"{alternative} makes no error: no ratio to it"
+            return Estimate(None, None, None, level, self.n, "none", note)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            without = self.without[name] / self.without[alternative]
+        return _jackknifed(float(of.mean() / over.mean()), without, level, self.n)
 
     def interval(
         self,
@@ -196,6 +215,14 @@ def cross_validate(
     level : float
         Of the intervals, which treat shapes as the independent units.
 
+    Notes
+    -----
+    Any two of the fits share most of their shapes, and a shape that moves one fit moves them all:
+    intervals that take held-out errors for independent hold 88 to 92 %. These come from leaving
+    out each shape (beyond 30 each of 30 groups of them) and doing everything again, fits included,
+    with Student's t on the logarithm of the mean error. From few shapes they are rather too wide
+    (98 to 99 % at 8). Medians have none.
+
     Raises
     ------
     DataError
@@ -218,28 +245,64 @@ def cross_validate(
     n_groups = int(codes.max()) + 1
     if n_groups < 2:
         raise DataError("1 shape found; leaving one out needs at least 2")
-    mape, median_error, predicted = {}, {}, {}
+    mape, median_error, predicted, without = {}, {}, {}, {}
     for name, (columns, fit) in predictors.items():
         X = _table(columns, y.size)
-        guess = np.empty_like(y)
-        for group in range(n_groups):
-            out = codes == group
-            guess[out] = fit(X[~out], y[~out]).predict(X[out])
+        guess = _held_out(fit, X, y, codes)
         error = np.abs(guess / y - 1)
         predicted[name] = guess
-        mape[name] = _sharing_fits(mean_estimate(error, codes, level=level))
-        median_error[name] = percentile(error, 50, level, codes)
+        without[name] = _errors_without(fit, X, y, codes)
+        mape[name] = _jackknifed(float(error.mean()), without[name], level, y.size)
+        median_error[name] = Estimate(
+            float(np.median(error)), None, None, level, y.size, "none", NO_MEDIAN
+        )
     return CrossValidation(
-        mape, median_error, y.size, n_groups, "leave one shape out", y, predicted, codes
+        mape, median_error, y.size, n_groups, "leave one shape out", y, predicted, codes, without
     )
 
 
-def _sharing_fits(error: Estimate) -> Estimate:
-    """Warn that held-out errors are not independent: any two of their fits share most shapes."""
-    if error.low is None or error.low == error.high:
-        return error
-    shared = "held-out errors share their fits: the interval may be too narrow"
-    return replace(error, note="; ".join(filter(None, (error.note, shared))))
+def _held_out(fit: Fit, X: Floats, y: Floats, codes: np.ndarray) -> Floats:
+    """Predict each shape by a fit on all the others."""
+    guess = np.empty_like(y)
+    for shape in range(int(codes.max()) + 1):
+        out = codes == shape
+        guess[out] = fit(X[~out], y[~out]).predict(X[out])
+    return guess
+
+
+def _errors_without(fit: Fit, X: Floats, y: Floats, codes: np.ndarray) -> Floats:
+    """Return the mean held-out error without each group of shapes, shape (groups,)."""
+    groups = min(int(codes.max()) + 1, LEFT_OUT)
+    if groups < 3:
+        return np.empty(0)
+    dealt = codes % groups
+    total = np.zeros(groups)
+    for pair in itertools.combinations(range(groups), 2):
+        # One fit without both predicts each of them as if the other had never been measured.
+        out = np.isin(dealt, pair)
+        error = np.abs(fit(X[~out], y[~out]).predict(X[out]) / y[out] - 1)
+        for without, own in (pair, pair[::-1]):
+            total[without] += error[dealt[out] == own].sum()
+    return np.asarray(total / (y.size - np.bincount(dealt)))
+
+
+def _jackknifed(value: float, without: Floats, level: float, n: int) -> Estimate:
+    """Return a mean error, or a ratio of two, with Student's t on the jackknife of its logarithm."""
+    if value <= ROUNDING:
+        return Estimate(value, value, value, level, n, "no variation", "every error is zero")
+    groups = without.size
+    if groups < 2 or not (np.isfinite(without) & (without > 0)).all():
+        note = "an interval needs at least 3 shapes, and errors whatever shape is left out"
+        return Estimate(value, None, None, level, n, "none", note)
+    squares = (np.log(without) - np.log(without).mean()) ** 2
+    half = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1)) * math.sqrt(
+        (groups - 1) / groups * squares.sum()
+    )
+    note = ""
+    if carried(squares):
+        note = "one shape makes most of the variance: the interval may be too narrow"
+    method = f"t on the logarithm, jackknife of everything over {groups} shapes"
+    return Estimate(value, value * math.exp(-half), value * math.exp(half), level, n, method, note)
 
 
 def transfer_error(
@@ -260,6 +323,12 @@ def transfer_error(
         The vision sweep and the language sweep, or the reverse; y in ms, above zero.
     groups : array_like, optional
         The shape of each point of `test`.
+
+    Returns
+    -------
+    Estimate
+        Of this one fit: its interval knows the scatter of `test`, not what other training shapes
+        would have given.
 
     Examples
     --------

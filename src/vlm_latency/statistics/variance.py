@@ -165,11 +165,14 @@ def variance_budget(
     moved = np.empty((0, value.size))
     if len(parts) > 1:
         moved = np.array([_shares(total - part, widths) for part in parts]) - value
+    # A few repeats may agree by chance: noise is known no better than normal noise would be.
+    ours, more = float(value[-2]), int((counts - 1).sum())
+    least = 0.0 if math.isnan(ours) else ours * (1 - ours) * math.sqrt(2 / more)
     shares = {
-        name: _estimate(float(value[i]), moved[:, i], freedom, level, n, method)
-        for i, (name, freedom) in enumerate(
-            [*((name, len(parts) - 1) for name in names)]
-            + [(name, min(repeated, len(parts)) - 1) for name in ("noise", "unexplained")]
+        name: _estimate(float(value[i]), moved[:, i], freedom, level, n, method, floor)
+        for i, (name, freedom, floor) in enumerate(
+            [*((name, len(parts) - 1, 0.0) for name in names)]
+            + [(name, min(repeated, len(parts)) - 1, least) for name in ("noise", "unexplained")]
         )
     }
     fitted = design[:, :-1] @ np.linalg.lstsq(design[:, :-1], y, rcond=None)[0]
@@ -262,7 +265,7 @@ def _shares(sums: Floats, widths: list[int]) -> list[float]:
 
 
 def _estimate(
-    value: float, moved: Floats, freedom: int, level: float, n: int, method: str
+    value: float, moved: Floats, freedom: int, level: float, n: int, method: str, least: float = 0.0
 ) -> Estimate:
     if math.isnan(value):
         note = "no request was repeated: noise is part of what is unexplained"
@@ -276,9 +279,8 @@ def _estimate(
         note = "an interval needs at least 2 images, and 2 repeated requests for what is noise"
         return Estimate(value, None, None, level, n, "none", note)
     squares = moved**2
-    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(
-        (moved.size - 1) / moved.size * squares.sum()
-    )
+    error = max(least, math.sqrt((moved.size - 1) / moved.size * squares.sum()))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
     note = ""
     if carried(squares):
         note = "one image makes most of this share's variance: the interval may be too narrow"
