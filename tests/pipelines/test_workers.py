@@ -166,8 +166,8 @@ def test_workers_killed_at_ten_random_moments_lose_nothing(tmp_path: Path) -> No
             os.kill(victim, signal.SIGKILL)
             seen.add(victim)
             killed += 1
-    assert process.wait(timeout=300) == 0, process.communicate()[1]
-    told = process.communicate()[1]
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, told
     assert told.count("runs were given back") >= 5
     table = check(tmp_path, 600)
     assert seen <= {int(worker.rpartition(":")[2]) for worker in table["worker"]}
@@ -183,14 +183,15 @@ def test_a_driver_killed_at_ten_random_moments_loses_nothing(tmp_path: Path) -> 
         wait_for_more(tmp_path, len(whole_lines(tmp_path)), process)
         time.sleep(moments.uniform(0, 0.2))
         process.kill()
-        process.wait()
+        process.communicate()
         workers = {int(row["worker"].rpartition(":")[2]) for row in whole_lines(tmp_path)}
         until = time.monotonic() + 60
         while any(map(alive, workers)):  # they end with the command
             assert time.monotonic() < until
             time.sleep(0.1)
     process = start(tmp_path, 600, 20)
-    assert process.wait(timeout=300) == 0, process.communicate()[1]
+    told = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, told
     check(tmp_path, 600)
 
 

@@ -289,8 +289,9 @@ def collect(
         Columns ``records.MEASURED_COLUMNS`` and ``outlier``, ``outlier_cause``; one row per run, in
         the order of measuring.
     coverage : dict
-        How many runs were planned, measured and failed, what the commands said at their end, and
-        what new lengths cost (`instrument.lengths.summary`).
+        How many runs were planned, measured and failed, what the commands said at their end,
+        what new lengths cost (`instrument.lengths.summary`), and of several workers how far they
+        lie apart (`statistics.workers.between_workers`).
 
     Raises
     ------
@@ -299,6 +300,7 @@ def collect(
     """
     from vlm_latency.instrument.lengths import summary
     from vlm_latency.statistics import mark_outliers
+    from vlm_latency.statistics.workers import between_workers
 
     runs = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
     runs = runs.sort_values("order_index", kind="stable", ignore_index=True)
@@ -326,4 +328,8 @@ def collect(
         "sessions": sessions,
         "lengths": lengths,
     }
+    if spread := between_workers(runs[runs["status"] == "ok"]):
+        notes = [note for session in sessions for note in session.get("notes") or ()]
+        coverage["workers"] = {**spread.to_dict(), "notes": list(dict.fromkeys(notes))}
+        log.info("%s: %s", name, spread.sentence)
     return runs.join(mark_outliers(runs, lengths_cost=lengths["costs"] is not False)), coverage

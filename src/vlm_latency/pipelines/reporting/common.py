@@ -272,6 +272,8 @@ def marks(result: dict[str, Any]) -> tuple[str, ...]:
         found.append("random weights")
     if coverage.get("partial"):
         found.append(f"partial: {coverage['measured']} of {coverage['planned']} runs")
+    differing = (coverage.get("workers") or {}).get("differing") or ()
+    found += [f"worker {index} differs from the others" for index in differing]
     if coverage.get("failed"):
         found.append(f"{coverage['failed']} runs failed")
     found += [f"costs: {note}" for note in coverage.get("costs") or ()]

@@ -57,12 +57,19 @@ def report(
     costs = (coverage.get("lengths") or {}).get("costs")
     if new.any() and not new.all() and costs is not False:
         factors["first visit of a length"] = "first_of_length"
+    told = rows.assign(image_id=common.clusters(rows), first_of_length=new)
+    if (
+        len(rows["worker_index"].dropna().unique()) > 1
+    ):  # a request that several measured counts as the first's
+        told["worker_index"] = rows.groupby("request_id")["worker_index"].transform("first")
+        factors["worker"] = "worker_index"
     budget = common.unless_impossible(
         notes,
         "variance budget",
         st.variance_budget,
-        rows.assign(image_id=common.clusters(rows), first_of_length=new),
+        told,
         factors=factors,
+        categorical=("num_crops", "worker_index"),
     )
     total = summaries["T_total"]
     found: dict[str, Any] = {
