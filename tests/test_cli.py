@@ -241,7 +241,7 @@ def test_an_unknown_node(run: Callable[..., Result]) -> None:
 
 def test_a_part_of_a_pipeline_without_its_inputs(run: Callable[..., Result]) -> None:
     told = message(run("--pipeline", "exp1", "--from-nodes", "exp1.measurement.collect"))
-    assert "exp1.environment" in told
+    assert "exp1.environment_now" in told
 
 
 def test_a_traceback_on_request(

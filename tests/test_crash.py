@@ -68,7 +68,7 @@ def measure():
     plan = nodes.plan_runs(options, requests)
     for chunk in nodes.measure(options, requests, plan, model, source, environment, log.load()):
         log.save(chunk)
-    table, _ = nodes.collect(options, plan, environment, log.load())
+    table, *_ = nodes.collect(options, plan, environment, log.load())
     table.to_parquet(folder / "table.parquet")
     assert not {"torch", "ray"} & set(sys.modules)
 

@@ -135,7 +135,7 @@ def measure_runs(folder: Path, at: Callable[[str], None]) -> None:
     ):
         log.save(chunk)
     at("collect")
-    table, _ = nodes.collect(options, plan, environment, log.load())
+    table, *_ = nodes.collect(options, plan, environment, log.load())
     AtomicParquet(filepath=str(folder / "exp1" / "exp1_records.parquet")).save(table)
 
 

@@ -17,6 +17,7 @@ from vlm_latency.experiments import EXPERIMENTS, studies
 from vlm_latency.locks import lock_folder
 from vlm_latency.option_types import Shard
 from vlm_latency.preflight import check, refuse_contradictions
+from vlm_latency.results import read_json, result_path
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +132,14 @@ class ProjectHooks:
         self._held.close()
         _end_workers()
 
+    def _finding(self, name: str) -> str:
+        """Give what a study found, in a sentence; empty where it says none."""
+        result = read_json(result_path(self._root, name))
+        return str(result.get("finding") or (result.get("statistics") or {}).get("finding") or "")
+
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Let the next command write; say where the results are."""
+        """Let the next command write; say what was found, and where the results are."""
         self._held.close()
         _end_workers()
         page = self._root / "report" / "index.html"
@@ -147,6 +153,9 @@ class ProjectHooks:
                 self._root,
             )
             return
+        for name in studies():
+            if f"{name}.result" in pipeline.all_outputs() and (said := self._finding(name)):
+                log.info("%s: %s", name, said)
         log.info("Results are in %s%s", self._root, made)
 
 

@@ -28,6 +28,7 @@ RUN = ["request_id", "request_sha256", "run_index"]
 
 _ROWS_PER_FRAME = 8192  # rows parsed before they are packed into typed columns
 _SESSION = "session"  # the key of a line that is not a run
+BEGAN = "began"  # the key of what such a line says at a command's start
 _KEYS = (("request_id", str), ("run_index", int), ("status", str))  # what every run has
 _SESSION_LINE = b'{"session"'
 
@@ -104,8 +105,15 @@ class Journal:
 
     def sessions(self, fingerprint: str) -> list[dict[str, Any]]:
         """Read what each command that measured here said at its end: warm-up, wall time."""
-        path = self.path(fingerprint)
-        return [line[_SESSION] for line in _lines(path, fingerprint, _SESSION_LINE)]
+        return [said for said in self._said(fingerprint) if BEGAN not in said]
+
+    def began(self, fingerprint: str) -> list[dict[str, Any]]:
+        """Read what each command that measured here knew at its start: commit, load, versions."""
+        return [said[BEGAN] for said in self._said(fingerprint) if BEGAN in said]
+
+    def _said(self, fingerprint: str) -> list[dict[str, Any]]:
+        lines = _lines(self.path(fingerprint), fingerprint, _SESSION_LINE)
+        return [line[_SESSION] for line in lines]
 
     def append(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.journal import RUN, Journal
+from vlm_latency.journal import BEGAN, RUN, Journal
 from vlm_latency.option_types import Shard
 from vlm_latency.records import Row, plain_rows
 
@@ -157,10 +157,11 @@ def gather(
     starts = pd.concat([table["started_at"] for table in new.values()], keys=range(len(new)))
     first = 0 if before.empty else int(before["order_index"].max()) + 1
     places = starts.rank(method="first").astype(int) - 1 + first
-    sessions = own.sessions(mark)
+    sessions = [*own.sessions(mark), *({BEGAN: said} for said in own.began(mark))]
     for number, (shard, table) in enumerate(new.items()):
         rows = table.assign(order_index=places.loc[[number]].to_numpy()) if len(table) else table
         told = [{**session, "shard": str(shard)} for session in parts[shard].sessions(mark)]
+        told += [{BEGAN: said} for said in parts[shard].began(mark)]
         yield plain_rows(rows), [one for one in told if one not in sessions]
 
 

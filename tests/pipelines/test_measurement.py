@@ -337,3 +337,36 @@ def test_a_torn_header_of_another_journal_stops_nothing(
     (folder / "0123456789abcdef.jsonl").write_bytes(b'{"schema_version":1,"finger')
     table, _ = measured()
     assert len(table) == 24
+
+
+def test_what_belongs_to_measuring_survives_a_report_made_again(
+    measured: Callable[..., Measured],
+    kedro_run: Callable[..., dict[str, Any]],
+    out: Path,
+    dataset: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vlm_latency.instrument import environment
+
+    def told(commit: str) -> dict[str, Any]:
+        code = {"git_commit": commit, "git_dirty": False}
+        monkeypatch.setattr(environment, "_commit", lambda: code)
+        measured()
+        given = {
+            "model.name": "null-model",
+            "dataset.source": "official",
+            "dataset.path": str(dataset.root),
+            "exp1.sampling.num_samples": len(dataset),
+            "exp1.measurement.num_runs": 2,
+            "exp1.measurement.noise_repeats": 0,
+            "exp1.measurement.output_length": "3",
+        }
+        kedro_run("exp1", out, given)
+        return json.loads((out / "exp1" / "exp1_latency_distribution.json").read_text())
+
+    before, after = told("first")["environment"], told("second")["environment"]
+    assert after["code"]["git_commit"] == "first"
+    assert after["process"] == before["process"]
+    assert after["measured"] == before["measured"]
+    assert after["measured"]["git_commits"] == ["first"] and after["measured"]["commands"] == 1
+    assert after["reported"]["code"]["git_commit"] == "second"

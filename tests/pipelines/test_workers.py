@@ -108,7 +108,7 @@ log = RecordLog(filepath=str(folder / "journal"))
 plan = nodes.plan_runs(options, requests)
 for chunk in nodes.measure(options, requests, plan, model, source, environment, log.load()):
     log.save(chunk)
-table, coverage = nodes.collect(options, plan, environment, log.load())
+table, coverage, _ = nodes.collect(options, plan, environment, log.load())
 table.to_parquet(folder / "table.parquet")
 print([session.get("from_all_ready_s") for session in coverage["sessions"]])
 print([session.get("measured_s") for session in coverage["sessions"]])

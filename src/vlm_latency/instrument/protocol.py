@@ -190,6 +190,8 @@ def _runs(
     allowed = math.ceil(options.max_failures * planned)
     generator = np.random.default_rng(options.seed)
     start = time.perf_counter()
+    names = requests["experiment"].dropna() if "experiment" in requests else ()
+    what = f"{next(iter(names))}: " if len(names) else ""
     with contextlib.ExitStack() as stack:
         for turn in taking:
             log = turn.session.log
@@ -198,14 +200,20 @@ def _runs(
             stack.enter_context(undisturbed(turn.session.vlm))
             stack.enter_context(contextlib.closing(turn.session))
         for turn in taking:
-            with _WarmingUp(disable=not progress) as shown:
+            with _WarmingUp(what, disable=not progress) as shown:
                 turn.session.open(asked, list(rows.values()), shown.say)
         if announce:
             yield {}
         done = planned - len(left)
         count = len(taking)
         bar = stack.enter_context(
-            Progress(total=planned * count, initial=done * count, unit="run", disable=not progress)
+            Progress(
+                desc=what.removesuffix(": ") or None,
+                total=planned * count,
+                initial=done * count,
+                unit="run",
+                disable=not progress,
+            )
         )
         for position, run in enumerate(left):
             for place, which in enumerate(generator.permutation(count)):
@@ -251,9 +259,9 @@ class Progress(tqdm):  # type: ignore[type-arg]
 class _WarmingUp(Progress):
     """What happens before the first run, and for how long already; measured runs only have a rate."""
 
-    def __init__(self, disable: bool) -> None:
+    def __init__(self, what: str, disable: bool) -> None:
         super().__init__(
-            bar_format="{desc} [{elapsed}]",
+            bar_format=what + "{desc} [{elapsed}]",
             desc="warming up",
             leave=False,
             miniters=1,

@@ -24,6 +24,9 @@ PIXELS_PER_INCH = 100  # on the page
 
 log = logging.getLogger("vlm_latency")
 
+# Of an environment: what is told elsewhere, or differs between any two commands.
+UNTOLD = {"conditions", "line", "measured", "reported"}
+
 COVERAGE = ("planned", "measured", "failed", "missing")
 # Where conf/base has another default than the library: a repeating command always says these.
 ALWAYS_SAID = {"sampling.seed", "measurement.num_runs", "flops.counted"}
@@ -358,7 +361,7 @@ def _outliers(study: Study) -> str:
 def _environments(found: Mapping[str, Study]) -> dict[str, Any]:
     """Put the environments side by side; what is equal everywhere is told once."""
     flats = {
-        name: _flat({k: v for k, v in environment.items() if k not in {"conditions", "line"}})
+        name: _flat({k: v for k, v in environment.items() if k not in UNTOLD})
         for name, study in found.items()
         if (environment := (study.result or {}).get("environment"))
     }

@@ -54,7 +54,7 @@ def ratios(
         figure, axes = panels(
             style,
             context,
-            _title(comparisons, baseline),
+            told(comparisons, baseline),
             [["ratios"]],
             panel=(8.0, 1.2 + row * len(names) * count),
         )
@@ -111,7 +111,8 @@ def ratios(
     return figure
 
 
-def _title(comparisons: Mapping[str, TableComparison], baseline: str) -> str:
+def told(comparisons: Mapping[str, TableComparison], baseline: str) -> str:
+    """Tell the verdicts in a sentence, or count them where there are many."""
     if len(comparisons) > FEW:
         verdicts = Counter(result.verdict or "UNDECIDED" for result in comparisons.values())
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())

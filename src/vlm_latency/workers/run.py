@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pandas as pd
@@ -44,7 +45,7 @@ def measure(
         As `instrument.protocol.measure`, for all workers together, and as `Pool.measure`.
     """
     share = work.measurement.max_failures
-    allowed = max(1.0, share * planned)
+    allowed = math.ceil(share * planned)
     alone = work.measurement.model_copy(update={"max_failures": 1.0})
     work = Work(**{**vars(work), "measurement": alone})
     order, runs, failures, error = first_order, 0, 0, ""

@@ -157,6 +157,8 @@ def _result(
     differences: dict[str, dict[str, list[Any]]],
 ) -> dict[str, Any]:
     """Give what is said of any comparison; the first of the names is the baseline."""
+    from vlm_latency.plots.comparison import told
+
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "compare",
@@ -168,6 +170,7 @@ def _result(
         "options": {"compare": settings.compare.model_dump(mode="json")},
         "comparisons": comparisons,
         "environment_differences": differences,
+        "finding": told(comparisons, names[0]),
         "verdicts": {name: comparison.verdict for name, comparison in comparisons.items()},
     }
 

@@ -176,7 +176,6 @@ def report(
         "work": "kernels" if on_device else "operators",
         "notes": notes(results),
     }
-    log.info("explain: %s", statistics["finding"])
     coverage = {"requests": len(requests), "runs": len(records)}
     result = {
         **common.frame(options, about, coverage, statistics, []),

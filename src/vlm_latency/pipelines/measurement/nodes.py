@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.experiments import BASELINE
-from vlm_latency.journal import RUN
+from vlm_latency.journal import BEGAN, RUN
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.records import MEASURED_COLUMNS, Row, typed
 from vlm_latency.shards import deal, difference, gather, journals_of_shards, rare
@@ -113,6 +114,8 @@ def measure(
     held = plan[RUN].merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
     if not _worth_measuring(options, len(held), len(plan)):
         return
+    began = {key: value for key, value in environment.items() if key != "conditions"}
+    yield {**head, "rows": [], "session": {BEGAN: began}}  # type: ignore[typeddict-item]
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
     first = 0 if finished.empty else int(finished["order_index"].max()) + 1
     runs = _measure_here
@@ -280,8 +283,13 @@ def collect(
     plan: pd.DataFrame,
     environment: dict[str, Any],
     journal: Journal,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
     """Gather the planned runs, and refuse to go on with a part of them.
+
+    Parameters
+    ----------
+    environment
+        Of this command, which may have measured nothing.
 
     Returns
     -------
@@ -292,6 +300,8 @@ def collect(
         How many runs were planned, measured and failed, what the commands said at their end,
         what new lengths cost (`instrument.lengths.summary`), and of several workers how far they
         lie apart (`statistics.workers.between_workers`).
+    environment : dict
+        Of the command that measured (`measured_in`).
 
     Raises
     ------
@@ -332,4 +342,35 @@ def collect(
         notes = [note for session in sessions for note in session.get("notes") or ()]
         coverage["workers"] = {**spread.to_dict(), "notes": list(dict.fromkeys(notes))}
         log.info("%s: %s", name, spread.sentence)
-    return runs.join(mark_outliers(runs, lengths_cost=lengths["costs"] is not False)), coverage
+    marked = mark_outliers(runs, lengths_cost=lengths["costs"] is not False)
+    return runs.join(marked), coverage, measured_in(environment, journal, runs)
+
+
+def measured_in(
+    environment: dict[str, Any], journal: Journal, runs: pd.DataFrame
+) -> dict[str, Any]:
+    """Give the environment of the last command that measured, and beside it the reporting one's.
+
+    Commit, load and versions belong to the runs; a report that is made again has its own.
+
+    Returns
+    -------
+    dict
+        With ``measured``: when, by how many commands and which commits; and ``reported``.
+    """
+    began = journal.began(environment["fingerprint"])
+    commits = dict.fromkeys(str((said.get("code") or {}).get("git_commit")) for said in began)
+    return {
+        **environment,
+        **(began[-1] if began else {}),
+        "measured": {
+            "first": runs["started_at"].min(),
+            "last": runs["started_at"].max(),
+            "commands": len(began) or None,  # journals of earlier versions do not say
+            "git_commits": list(commits),
+        },
+        "reported": {
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{name: environment[name] for name in ("code", "process")},
+        },
+    }

@@ -20,7 +20,7 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
             node(
                 nodes.describe_environment,
                 inputs={"options": "options", "model": "model", "questions": "questions", **turn},
-                outputs="environment",
+                outputs="environment_now",
                 name="describe_environment",
                 tags="measures",
             ),
@@ -39,7 +39,7 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
                     "plan",
                     "model",
                     "questions",
-                    "environment",
+                    "environment_now",
                     "journal_so_far",
                 ],
                 outputs="journal",
@@ -48,8 +48,8 @@ def create_pipeline(takes_turns: bool = False) -> Pipeline:
             ),
             node(
                 nodes.collect,
-                inputs=["options", "plan", "environment", "journal"],
-                outputs=["measurements", "coverage"],
+                inputs=["options", "plan", "environment_now", "journal"],
+                outputs=["measurements", "coverage", "environment"],
                 name="collect",
             ),
         ]
