@@ -190,12 +190,21 @@ def test_generated_code_writes_the_same_tokens(qwen: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # the compiler tells of its choices
-@pytest.mark.parametrize("engine", ["static", *COMPILED])
-def test_captured_graphs_write_the_tokens_of_eager(family: Any, engine: str) -> None:
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler tells of its choices
+@pytest.mark.parametrize("engine", ["static", "compiled", "loop"])
+def test_captured_graphs_write_the_tokens_of_eager(llava: Any, engine: str) -> None:
+    same_tokens_on_a_gpu(*llava, engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_parts_captured_write_the_tokens_of_eager(family: Any) -> None:
+    same_tokens_on_a_gpu(*family, "compiled-all")
+
+
+def same_tokens_on_a_gpu(vlm: Any, prepared: Any, engine: str) -> None:
     """In float32, where no two logits tie; two engines after each other on one model."""
     torch._dynamo.reset()
-    vlm, prepared = family
     vlm.device = torch.device("cuda", 0)
     vlm.model.to(vlm.device)
     requests = [

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from vlm_latency.records import plain_rows
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel
 
-TRIES = 3
+TRIES = 3  # that saw kernels
+MAX_TRIES = 8
 
 log = logging.getLogger("vlm_latency")
 
@@ -141,7 +143,8 @@ def _explained(
     shares, total = attribute(events, on_device)
     if not total["work_ms"]:
         raise MeasurementError(
-            "the profiler saw no kernel on the device; expected CUPTI to be usable (is another "
+            f"the profiler saw no kernel on the device in {MAX_TRIES} tries, only "
+            f"{', '.join(sorted(_categories(trace)))}; expected CUPTI to be usable (is another "
             "profiler attached, or are performance counters restricted to administrators?)"
         )
     taken_ms = _host_ms(reading.times)
@@ -159,9 +162,10 @@ def _host_ms(times: Mapping[str, Any]) -> float:
 def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], Reading]:
     """Measure one request under ``torch.profiler``, its boundaries marked in the trace.
 
-    It is tried three times, of which the least disturbed one, the quickest that saw the device's
-    kernels, is kept: a profiler that starts for the first time in a process takes its time inside
-    the request.
+    It is tried until three tries saw the device's kernels, of which the least disturbed one, the
+    quickest, is kept: a profiler that starts for the first time in a process takes its time inside
+    the request. Kernels whose times, converted from the device's clock, lie outside of the
+    profiler's window are dropped by it; so each try that saw none widens the window.
 
     Parameters
     ----------
@@ -183,22 +187,31 @@ def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], 
     activities = [ProfilerActivity.CPU]
     if meter.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    tried = []
+    on_device = meter.device.type == "cuda"
+    seen, margin_s = [], 0.0
     usual, meter.timeline.listener = meter.timeline.listener, mark
     try:
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             with profile(activities=activities, acc_events=True) as profiler:
+                time.sleep(margin_s)
                 reading = meter(prepared, tokens)
-            tried.append((_host_ms(reading.times), profiler, reading))
+                time.sleep(margin_s)
+            trace = _chrome_trace(profiler)
+            if not on_device or "kernel" in _categories(trace):
+                seen.append((_host_ms(reading.times), trace, reading))
+                if len(seen) == TRIES:
+                    break
+            else:
+                margin_s = 3 * margin_s or 0.03
     finally:
         meter.timeline.listener = usual
-    on_device = meter.device.type == "cuda"
-    for _, profiler, reading in sorted(tried, key=lambda attempt: attempt[0]):
-        trace = _chrome_trace(profiler)
-        # Now and then the device's events of a short profile are lost; such a try is no quick one.
-        if not on_device or any(event.get("cat") == "kernel" for event in trace["traceEvents"]):
-            return trace, reading
-    return trace, reading  # without a kernel, as the caller will say
+    if not seen:
+        return trace, reading  # without a kernel, as the caller will say
+    return min(seen, key=lambda attempt: attempt[0])[1:]
+
+
+def _categories(trace: Mapping[str, Any]) -> set[str]:
+    return {event["cat"] for event in trace["traceEvents"] if "cat" in event}
 
 
 def _chrome_trace(profiler: Any) -> dict[str, Any]:
