@@ -17,7 +17,7 @@ import made_up as m
 from vlm_latency.errors import DataError
 from vlm_latency.options import Options
 from vlm_latency.page.collect import Study
-from vlm_latency.pipelines.reporting import common, exp1, exp2, exp3, exp4, exp5, nodes
+from vlm_latency.pipelines.reporting import entries, exp1, exp2, exp3, exp4, exp5, nodes, results
 from vlm_latency.plots.tables import to_latex
 from vlm_latency.statistics import linear_fit
 
@@ -239,7 +239,7 @@ def test_two_environments_are_told_on_the_figure() -> None:
 def test_entries_come_in_the_order_of_the_requests() -> None:
     records, requests = m.vision_sweep()
     shuffled = records.sample(frac=1, random_state=1)
-    table = common.entries(shuffled, requests)
+    table = entries.averaged(shuffled, requests)
     assert list(table.index) == list(requests["request_id"])
     assert table["num_crops"].dtype == "Int64"
 
@@ -280,7 +280,7 @@ def test_repeats_of_a_request_are_one_cluster_of_a_line() -> None:
             "T_total": [*(x + offset)] * 5,  # five runs that say the same
         }
     )
-    lines = common.fits(rows, "x", ["T_total"], rows["request_id"], [])
+    lines = results.fits(rows, "x", ["T_total"], rows["request_id"], [])
     found = lines["T_total"].least_squares.slope
     alone = linear_fit(rows["x"], rows["T_total"]).slope
     assert found.high - found.low > 1.5 * (alone.high - alone.low)

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
+from vlm_latency.pipelines.reporting import entries, results
 
 
 def report(
@@ -17,7 +17,7 @@ def report(
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """Count the runs."""
     result = {
-        "results": common.entry_dicts(common.entries(records, requests)),
-        **common.frame(options, environment, coverage, {"runs": len(records)}, []),
+        "results": entries.entry_dicts(entries.averaged(records, requests)),
+        **results.frame(options, environment, coverage, {"runs": len(records)}, []),
     }
     return result, {"runs": records[["request_id", "T_total"]]}

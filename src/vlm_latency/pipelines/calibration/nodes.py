@@ -80,7 +80,7 @@ def calibrate(
 
     from vlm_latency.instrument import calibration
     from vlm_latency.instrument.environment import environment, fingerprint
-    from vlm_latency.pipelines.reporting import common
+    from vlm_latency.pipelines.reporting import results
     from vlm_latency.plots.calibration import calibration as draw
     from vlm_latency.plots.style import Style
     from vlm_latency.vqa import Sampling, draw_requests, image_bytes
@@ -111,10 +111,10 @@ def calibrate(
         pd.DataFrame(found["injections"]),
         found["known_truth"]["cases"],
         found["statistics"],
-        common.context(options, about, {}),
+        results.context(options, about, {}),
         Style.of(options.figures),
     )
     coverage = {"sessions": [], "requests": len(requests)}
-    result = {**common.frame(options, about, coverage, found.pop("statistics"), []), **found}
+    result = {**results.frame(options, about, coverage, found.pop("statistics"), []), **found}
     result["options"]["calibration"] = asked.model_dump(mode="json")
     return result, figure

@@ -9,8 +9,8 @@ import pandas as pd
 
 from vlm_latency.errors import DataError, MeasurementError
 from vlm_latency.options import CompareOptions, Options
-from vlm_latency.pipelines.reporting import common
-from vlm_latency.pipelines.reporting.common import marks
+from vlm_latency.pipelines.reporting import results
+from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import Run
 
@@ -123,7 +123,7 @@ def _compare_variants(
         model="",
     )
     style = Style.of(settings.experiment("compare").figures)
-    means = {name: common.means(rows) for name, rows in found.records.items()}
+    means = {name: results.means(rows) for name, rows in found.records.items()}
     told = replace(context, finding="Mean latency of a request by component")
     return (
         result,
@@ -183,7 +183,7 @@ def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[
     drawn = {}
     shared = {name: [run for run in runs if name in run.tables] for name in ("exp2", "exp3")}
     if len(shared["exp2"]) > 1:
-        about = {run.name: common.means(run.tables["exp2"]) for run in shared["exp2"]}
+        about = {run.name: results.means(run.tables["exp2"]) for run in shared["exp2"]}
         told = replace(context, finding="Mean latency of a request (exp2) by component")
         drawn["compare_components"] = stacks(about, told, style)
     axis = f"num_vision_{style.vision_axis}"
@@ -198,8 +198,8 @@ def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[
 
 
 def _line(rows: pd.DataFrame, axis: str) -> BandedFit | None:
-    lines = common.fits(rows, axis, ["T_total"], rows["request_id"], [])
-    return common.banded(lines, rows[axis]).get("T_total")
+    lines = results.fits(rows, axis, ["T_total"], rows["request_id"], [])
+    return results.banded(lines, rows[axis]).get("T_total")
 
 
 def fail_if_slower(settings: Options, result: dict[str, Any], page: str) -> bool:

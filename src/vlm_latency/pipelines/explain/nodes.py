@@ -142,7 +142,7 @@ def report(
     """
     from vlm_latency.costs import add_costs
     from vlm_latency.pipelines.measurement.nodes import describe_environment
-    from vlm_latency.pipelines.reporting import common
+    from vlm_latency.pipelines.reporting.results import context, frame
     from vlm_latency.plots.explanation import explanation
     from vlm_latency.plots.style import Style
 
@@ -178,13 +178,13 @@ def report(
     }
     coverage = {"requests": len(requests), "runs": len(records)}
     result = {
-        **common.frame(options, about, coverage, statistics, []),
+        **frame(options, about, coverage, statistics, []),
         "components": results[0]["components"],
         "results": results,
     }
     result["options"]["explain"] = settings.explain.model_dump(mode="json")
     figure = explanation(
-        results, statistics, common.context(options, about, {}), Style.of(options.figures)
+        results, statistics, context(options, about, {}), Style.of(options.figures)
     )
     return result, tables(results), figure
 

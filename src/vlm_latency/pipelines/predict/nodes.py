@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import Options
-from vlm_latency.pipelines.reporting.common import marks
+from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import entry_table
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
+from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.statistics import Claim, Estimate, Summary
-
-# Entry key of the seed's files → column.
-ENTRY = {
-    "example_id": "question_id",
-    "T_data_processing": "T_preprocess",
-}
+    from vlm_latency.statistics import Claim, Summary
 
 
 def report(
@@ -42,13 +35,13 @@ def report(
     from vlm_latency.plots.style import Style
     from vlm_latency.statistics.variance import FACTORS
 
-    coverage = common.with_cost_notes(coverage, records)
-    rows = common.succeeded(records)
+    coverage = results.with_cost_notes(coverage, records)
+    rows = entries.succeeded(records)
     # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
     sample = rows[rows["run_index"] < options.measurement.num_runs].reset_index(drop=True)
-    notes = common.not_computed(rows)
+    notes = results.not_computed(rows)
     summaries = {
-        name: st.summary(known[name], common.clusters(known))
+        name: st.summary(known[name], entries.clusters(known))
         for name in ("T_total", "T_first_token", "T_preprocess")
         if not (known := sample[sample[name].notna()]).empty
     }
@@ -57,13 +50,12 @@ def report(
     costs = (coverage.get("lengths") or {}).get("costs")
     if new.any() and not new.all() and costs is not False:
         factors["first visit of a length"] = "first_of_length"
-    told = rows.assign(image_id=common.clusters(rows), first_of_length=new)
-    if (
-        len(rows["worker_index"].dropna().unique()) > 1
-    ):  # a request that several measured counts as the first's
+    told = rows.assign(image_id=entries.clusters(rows), first_of_length=new)
+    if rows["worker_index"].nunique() > 1:
+        # a request that several measured counts as the first's
         told["worker_index"] = rows.groupby("request_id")["worker_index"].transform("first")
         factors["worker"] = "worker_index"
-    budget = common.unless_impossible(
+    budget = results.unless_impossible(
         notes,
         "variance budget",
         st.variance_budget,
@@ -75,14 +67,14 @@ def report(
     found: dict[str, Any] = {
         **summaries,
         "variance_budget": budget,
-        "disturbed": common.disturbance(
+        "disturbed": results.disturbance(
             sample,
             "P95 of T_total",
-            lambda runs: st.percentile(runs["T_total"], 95, clusters=common.clusters(runs)),
+            lambda runs: st.percentile(runs["T_total"], 95, clusters=entries.clusters(runs)),
         ),
         "new_lengths": coverage.get("lengths"),
-        "outliers": outliers(rows),
-        "accuracy": accuracy(rows, requests, environment),
+        "outliers": results.outliers(rows),
+        "accuracy": results.accuracy(rows, requests, environment),
         "notes": notes,
     }
     claim = st.tail_claim(total.tail_ratio)
@@ -90,15 +82,15 @@ def report(
     figure = latency_distribution(
         sample,
         found,
-        common.context(options, environment, coverage, finding),
+        results.context(options, environment, coverage, finding),
         Style.of(options.figures),
     )
     result = {
-        "results": question_entries(records, requests),
-        **common.frame(options, environment, coverage, found, [claim], finding),
+        "results": entries.question_entries(records, requests),
+        **results.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
-        "paper": common.paper_table("exp1", found),
+        "paper": results.paper_table("exp1", found),
         "percentiles": percentiles_table(summaries),
         "by_tiling": _by(sample, "num_crops"),
         "by_output_length": _by(sample, "num_output_tokens"),
@@ -106,7 +98,7 @@ def report(
     return result, tables, figure
 
 
-def _finding(total: Summary, claim: Claim, disturbed: common.Disturbance | None) -> str:
+def _finding(total: Summary, claim: Claim, disturbed: results.Disturbance | None) -> str:
     """Say what the claim's verdict allows; a percentile without an upper bound is no headline."""
     half = f"half of the requests take {interval(total.P50, 'ms')} or less"
     ratio = total.tail_ratio
@@ -119,56 +111,7 @@ def _finding(total: Summary, claim: Claim, disturbed: common.Disturbance | None)
         tail = f", and the tail is long: P99 is {interval(ratio)} times that"
     else:
         tail = f", and the tail is short: P99 is {interval(ratio)} times that"
-    return common.sentence(half + tail, str(disturbed) if disturbed and disturbed.moved else None)
-
-
-def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict[str, Any]]:
-    """Give the seed's entries of exp1 and exp2: one per question, with what was asked."""
-    table = common.entries(records, requests)
-    asked = requests.set_index("request_id").loc[table.index]
-    table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
-    table["question"] = asked["question"]
-    sizes = [
-        None if pd.isna(width) else [int(width), int(height)]
-        for width, height in zip(table["image_width"], table["image_height"], strict=True)
-    ]
-    table["image_size"] = pd.Series(sizes, index=table.index, dtype=object)
-    table["T_system_total"] = table["T_total"] + table["T_preprocess"]
-    return common.entry_dicts(table, ENTRY)
-
-
-def accuracy(
-    rows: pd.DataFrame, requests: pd.DataFrame, environment: dict[str, Any]
-) -> Estimate | dict[str, Any]:
-    """Give the official VQA accuracy of the generated answers, where they mean something."""
-    from vlm_latency.statistics import mean_estimate
-    from vlm_latency.vqa import vqa_accuracy
-
-    if environment["model"].get("weights") != "pretrained":
-        return {"value": None, "refused": "the weights are random: the answers mean nothing"}
-    natural = rows[(rows["output_length"] == "natural") & (rows["run_index"] == 0)]
-    answers = requests.set_index("request_id")["answers"].dropna()
-    judged = natural[natural["request_id"].isin(answers.index)]
-    if judged.empty:
-        return {"value": None, "refused": "needs output_length=natural and questions with answers"}
-    scores = [
-        vqa_accuracy(text or "", json.loads(answers[request]))
-        for text, request in zip(
-            judged["generated_text"].fillna(""), judged["request_id"], strict=True
-        )
-    ]
-    return mean_estimate(scores, common.clusters(judged))
-
-
-def outliers(rows: pd.DataFrame) -> dict[str, Any]:
-    """Count the marked runs by their likely cause; they stay in every statistic."""
-    marked = rows[rows["outlier"].fillna(False).astype(bool)]
-    causes = marked["outlier_cause"].value_counts()
-    return {
-        "marked": len(marked),
-        "of": len(rows),
-        "causes": {str(cause): int(count) for cause, count in causes.items()},
-    }
+    return results.sentence(half + tail, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def percentiles_table(summaries: dict[str, Summary]) -> pd.DataFrame:

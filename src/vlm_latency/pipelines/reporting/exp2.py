@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
-from vlm_latency.pipelines.reporting.exp1 import outliers, question_entries
+from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import LABELS, interval
 
 if TYPE_CHECKING:
@@ -38,45 +37,47 @@ def report(
     from vlm_latency.plots.composition import latency_components, latency_pie, parameters_pie
     from vlm_latency.plots.style import Style
 
-    coverage = common.with_cost_notes(coverage, records)
-    rows = common.succeeded(records)
-    means, shares = common.means(rows), common.shares(rows)
+    coverage = results.with_cost_notes(coverage, records)
+    rows = entries.succeeded(records)
+    means, shares = results.means(rows), results.shares(rows)
     parameters = model.architecture.parameters.to_dict()
     if options.protocol == "seed" and parameters.get("params_image_projector") is not None:
         parameters["params_projector"] = parameters["params_image_projector"]
     llm = None
     if {"T_LLM_prefill", "T_LLM_decode"} <= shares.keys():
         llm = st.ratio_estimate(
-            rows["T_LLM_prefill"] + rows["T_LLM_decode"], rows["T_total"], common.clusters(rows)
+            rows["T_LLM_prefill"] + rows["T_LLM_decode"], rows["T_total"], entries.clusters(rows)
         )
-    entries = question_entries(records, requests)
+    asked = entries.question_entries(records, requests)
     found = {
         "means": means,
         "shares": shares,
         "llm_share": llm,
-        "n": len(entries),
-        "disturbed": common.disturbance(
-            rows, "the mean of T_total", lambda runs: common.means(runs, ["T_total"]).get("T_total")
+        "n": len(asked),
+        "disturbed": results.disturbance(
+            rows,
+            "the mean of T_total",
+            lambda runs: results.means(runs, ["T_total"]).get("T_total"),
         ),
-        "outliers": outliers(rows),
-        "notes": common.not_computed(rows),
+        "outliers": results.outliers(rows),
+        "notes": results.not_computed(rows),
     }
     claim = st.llm_bottleneck_claim(_share(parameters), llm)
     finding = _finding(found, claim)
-    context = common.context(options, environment, coverage, finding)
+    context = results.context(options, environment, coverage, finding)
     style = Style.of(options.figures)
-    averaged = common.entries(records, requests).drop(columns=["image_id", "question_id"])
+    averaged = entries.averaged(records, requests).drop(columns=["image_id", "question_id"])
     numbers = averaged.select_dtypes("number").mean()
     result = {
-        "results": entries,
+        "results": asked,
         "average_latencies": {str(name): value for name, value in numbers.items()},
         "parameters": parameters,
-        **common.frame(options, environment, coverage, found, [claim], finding),
+        **results.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
-        "paper": common.paper_table("exp2", found),
-        "latency": common.estimates_table(means, "ms"),
-        "shares": common.estimates_table(shares, "share of T_total"),
+        "paper": results.paper_table("exp2", found),
+        "latency": results.estimates_table(means, "ms"),
+        "shares": results.estimates_table(shares, "share of T_total"),
         "parameters": pd.DataFrame({"component": parameters.keys(), "count": parameters.values()}),
     }
     return (
@@ -106,7 +107,7 @@ def _finding(found: dict[str, Any], claim: Claim) -> str:
             said += f"; the LLM holds less than half of the {lacking}: not the bottleneck"
         else:
             said += "; whether the LLM is the bottleneck is undecided"
-    return common.sentence(said, str(disturbed) if disturbed and disturbed.moved else None)
+    return results.sentence(said, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def _share(parameters: dict[str, int | None]) -> float | None:

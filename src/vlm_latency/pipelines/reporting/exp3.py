@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
-from vlm_latency.pipelines.reporting.exp1 import outliers
+from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval
 
 if TYPE_CHECKING:
@@ -42,17 +41,17 @@ def report(
     # Whatever the questions of the other experiments come from, a sweep's images are made for it.
     made = bool(requests["synthetic"].fillna(False).all())
     environment = {**environment, "dataset": {**environment["dataset"], "synthetic": made}}
-    coverage = common.with_cost_notes(coverage, records)
-    rows = common.succeeded(records)
-    notes = common.not_computed(rows)
+    coverage = results.with_cost_notes(coverage, records)
+    rows = entries.succeeded(records)
+    notes = results.not_computed(rows)
     axis = f"num_vision_{options.figures.vision_axis}"
     tokens, request = rows[axis].astype(float), rows["request_id"]
-    lines = common.fits(rows, axis, FITTED, request, notes)
+    lines = results.fits(rows, axis, FITTED, request, notes)
     floors = _floors(rows, tokens, notes)
-    exponent = common.unless_impossible(
+    exponent = results.unless_impossible(
         notes, "exponent", st.power_law_fit, tokens, rows["T_total"], request
     )
-    steps = common.unless_impossible(
+    steps = results.unless_impossible(
         notes,
         "staircase",
         st.staircase,
@@ -60,7 +59,7 @@ def report(
         rows["T_vision_total"],
         rows["num_crops"].astype(float),
     )
-    bend = common.unless_impossible(
+    bend = results.unless_impossible(
         notes, "linearity", st.linearity_test, tokens, rows["T_total"], request
     )
     encoder = _crops_and_tokens(rows, "T_vision_encoder", notes)
@@ -68,11 +67,11 @@ def report(
     found = {
         "axis": axis,
         "sizes": sorted(tokens.unique()),
-        "fits": common.banded(lines, tokens),
+        "fits": results.banded(lines, tokens),
         "lines": lines,
         "floors": floors,
         "exponent": exponent.exponent if exponent else None,
-        "marginal_change": common.unless_impossible(
+        "marginal_change": results.unless_impossible(
             notes, "marginal cost", st.marginal_change, tokens, rows["T_total"], request
         ),
         "staircase": steps,
@@ -81,10 +80,10 @@ def report(
         "encoder_per_token": encoder.get("num_vision_tokens"),
         "prefill_per_crop": prefill.get("num_crops"),
         "prefill_per_token": prefill.get("num_vision_tokens"),
-        "disturbed": common.disturbance(
+        "disturbed": results.disturbance(
             rows, "a vision token's cost", lambda runs: _slope(runs, axis)
         ),
-        "outliers": outliers(rows),
+        "outliers": results.outliers(rows),
         "notes": notes,
     }
     prefill_line = lines["T_LLM_prefill"].headline if "T_LLM_prefill" in lines else None
@@ -94,24 +93,24 @@ def report(
         st.prefill_grows_claim(growth, prefill_line.slope if prefill_line else None),
     ]
     if (floor := floors.get("T_total")) and floor.holds == "floor and line":
-        claims[0] = replace(claims[0], note=common.sentence(claims[0].note, floor.note))
+        claims[0] = replace(claims[0], note=results.sentence(claims[0].note, floor.note))
     finding = _finding(found, options.figures.vision_axis)
     figure = vision_tokens_vs_latency(
         rows,
         found,
-        common.context(options, environment, coverage, finding),
+        results.context(options, environment, coverage, finding),
         Style.of(options.figures),
     )
-    table = common.entries(records, requests, common.COSTS)
+    table = entries.averaged(records, requests, entries.COSTS)
     result = {
-        "results": common.entry_dicts(table),
+        "results": entries.entry_dicts(table),
         "ceilings": ceilings,
-        **common.frame(options, environment, coverage, found, claims, finding),
+        **results.frame(options, environment, coverage, found, claims, finding),
     }
     tables = {
-        "paper": common.paper_table("exp3", found),
+        "paper": results.paper_table("exp3", found),
         "grids": _grids(table),
-        "slopes": common.slopes_table(lines),
+        "slopes": results.slopes_table(lines),
     }
     return result, tables, figure
 
@@ -123,7 +122,7 @@ def _floors(rows: pd.DataFrame, tokens: pd.Series, notes: list[str]) -> dict[str
     found = {}
     for name in ("T_total", "T_first_token", "T_LLM_prefill"):
         known = rows[rows[name].notna()]
-        fit = common.unless_impossible(
+        fit = results.unless_impossible(
             notes,
             f"floor of {name}",
             floor_and_line,
@@ -137,7 +136,7 @@ def _floors(rows: pd.DataFrame, tokens: pd.Series, notes: list[str]) -> dict[str
 
 
 def _slope(rows: pd.DataFrame, axis: str) -> Estimate | None:
-    fits = common.fits(rows, axis, ["T_total"], rows["request_id"], [])
+    fits = results.fits(rows, axis, ["T_total"], rows["request_id"], [])
     return fits["T_total"].headline.slope if fits else None
 
 
@@ -172,7 +171,7 @@ def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
     if apart:
         said.append("told apart, " + " and ".join(apart))
     disturbed = found["disturbed"]
-    return common.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
+    return results.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def _carries(fit: FloorAndLine | None, sizes: list[float]) -> TypeGuard[FloorAndLine]:
@@ -193,7 +192,7 @@ def _crops_and_tokens(rows: pd.DataFrame, column: str, notes: list[str]) -> dict
     if known.empty:
         return {}
     names = ["num_crops", "num_vision_tokens"]
-    fit = common.unless_impossible(
+    fit = results.unless_impossible(
         notes,
         f"{column} over crops and tokens",
         multi_linear_fit,

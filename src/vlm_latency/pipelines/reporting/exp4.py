@@ -9,8 +9,7 @@ import pandas as pd
 
 from vlm_latency.experiments import LanguageSampling
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
-from vlm_latency.pipelines.reporting.exp1 import outliers
+from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval
 
 if TYPE_CHECKING:
@@ -43,18 +42,18 @@ def report(
     from vlm_latency.plots.language_sweep import language_tokens_vs_latency
     from vlm_latency.plots.style import Style
 
-    coverage = common.with_cost_notes(coverage, records)
-    rows = common.succeeded(records)
-    notes = common.not_computed(rows)
-    image, tokens = common.clusters(rows), rows["num_output_tokens"].astype(float)
-    lines = common.fits(rows, "num_output_tokens", FITTED, image, notes)
+    coverage = results.with_cost_notes(coverage, records)
+    rows = entries.succeeded(records)
+    notes = results.not_computed(rows)
+    image, tokens = entries.clusters(rows), rows["num_output_tokens"].astype(float)
+    lines = results.fits(rows, "num_output_tokens", FITTED, image, notes)
     claim, growth, exponent = linear(rows, notes)
     steps = _steps(rows)
     # The first step after a prefill is another one: it meets the device in another state.
     first, later = steps[steps["position"] == 1], steps[steps["position"] > 1]
-    prefill = common.means(rows, ["T_first_token"]).get("T_first_token")
+    prefill = results.means(rows, ["T_first_token"]).get("T_first_token")
     found: dict[str, Any] = {
-        "fits": common.banded(lines, tokens),
+        "fits": results.banded(lines, tokens),
         "lines": lines,
         "exponent": exponent,
         "lengths": _lengths(rows),
@@ -62,38 +61,38 @@ def report(
         "steps": _smooth(later),
         "first_step": st.mean_estimate(first["ms"], first["image"]) if len(first) else None,
         "later_steps": st.mean_estimate(later["ms"], later["image"]) if len(later) else None,
-        "decode_split": common.means(rows, SPLIT),
+        "decode_split": results.means(rows, SPLIT),
         "step_growth": growth,
         "dropped_lengths": _dropped(options, requests, given_requests),
-        "disturbed": common.disturbance(rows, "an output token's time", _slope),
-        "outliers": outliers(rows),
+        "disturbed": results.disturbance(rows, "an output token's time", _slope),
+        "outliers": results.outliers(rows),
         "notes": notes,
     }
     finding = _finding(found, claim)
     figure = language_tokens_vs_latency(
         rows,
         found,
-        common.context(options, environment, coverage, finding),
+        results.context(options, environment, coverage, finding),
         Style.of(options.figures),
     )
-    table = common.entries(records, requests, common.COSTS)
+    table = entries.averaged(records, requests, entries.COSTS)
     result = {
-        "results": common.entry_dicts(table, {"query_id": "question_id"}),
+        "results": entries.entry_dicts(table, {"query_id": "question_id"}),
         "use_eos_token": options.sampling.use_eos_token,
         "ceilings": ceilings,
-        **common.frame(options, environment, coverage, found, [claim], finding),
+        **results.frame(options, environment, coverage, found, [claim], finding),
     }
     lengths = pd.DataFrame(
         [
             {"num_output_tokens": line["num_output_tokens"]}
-            | {name: line[name].value for name in (*common.MEANS, *SPLIT) if name in line}
+            | {name: line[name].value for name in (*results.MEANS, *SPLIT) if name in line}
             for line in found["lengths"]
         ]
     )
     tables = {
-        "paper": common.paper_table("exp4", found),
+        "paper": results.paper_table("exp4", found),
         "lengths": lengths,
-        "slopes": common.slopes_table(lines),
+        "slopes": results.slopes_table(lines),
     }
     return result, tables, figure
 
@@ -110,13 +109,13 @@ def linear(rows: pd.DataFrame, notes: list[str]) -> tuple[Claim, Estimate | None
     from vlm_latency import statistics as st
 
     decoded = rows[(rows["num_output_tokens"] > 1) & (rows["T_LLM_decode"] > 0)]
-    law = common.unless_impossible(
+    law = results.unless_impossible(
         notes,
         "exponent",
         st.power_law_fit,
         decoded["num_output_tokens"].astype(float) - 1,
         decoded["T_LLM_decode"],
-        common.clusters(decoded),
+        entries.clusters(decoded),
     )
     exponent, growth, steps = law.exponent if law else None, None, _steps(rows)
     later = steps[steps["position"] > 1]
@@ -127,8 +126,8 @@ def linear(rows: pd.DataFrame, notes: list[str]) -> tuple[Claim, Estimate | None
 
 
 def _slope(rows: pd.DataFrame) -> Estimate | None:
-    image = common.clusters(rows)
-    fits = common.fits(rows, "num_output_tokens", ["T_LLM_decode"], image, [])
+    image = entries.clusters(rows)
+    fits = results.fits(rows, "num_output_tokens", ["T_LLM_decode"], image, [])
     return fits["T_LLM_decode"].headline.slope if fits else None
 
 
@@ -151,7 +150,7 @@ def _finding(found: dict[str, Any], claim: Claim) -> str:
     if dropped := found["dropped_lengths"]:
         said.append(f"{', '.join(map(str, dropped))} tokens do not fit the model: left out")
     disturbed = found["disturbed"]
-    return common.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
+    return results.sentence(*said, str(disturbed) if disturbed and disturbed.moved else None)
 
 
 def _dropped(
@@ -172,7 +171,7 @@ def _lengths(rows: pd.DataFrame) -> list[dict[str, Any]]:
     """Average every component at every length."""
     return [
         {"num_output_tokens": length, "n": len(group)}
-        | common.means(group, (*common.MEANS, *SPLIT))
+        | results.means(group, (*results.MEANS, *SPLIT))
         for length, group in rows.groupby(rows["num_output_tokens"].astype(int))
     ]
 
@@ -182,7 +181,7 @@ def _steps(rows: pd.DataFrame) -> pd.DataFrame:
     known = rows[rows["decode_step_ms"].map(lambda steps: np.ndim(steps) == 1 and len(steps) > 0)]
     if known.empty:
         return pd.DataFrame({"position": [], "ms": [], "image": []})
-    image = common.clusters(known)
+    image = entries.clusters(known)
     return pd.concat(
         [
             pd.DataFrame({"position": np.arange(1, len(steps) + 1), "ms": steps, "image": name})

@@ -11,7 +11,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
+from vlm_latency.pipelines.reporting import results
 from vlm_latency.plots.notation import interval
 from vlm_latency.results import entry_table
 
@@ -88,7 +88,7 @@ def report(
     coverage = {name: data.get("coverage") for name, data in sweeps.items()}
     costs = dict.fromkeys(x for one in coverage.values() for x in (one or {}).get("costs", ()))
     known = {"partial": False, "costs": [*costs]}
-    context = common.context(options, environment, known, finding)
+    context = results.context(options, environment, known, finding)
     context = replace(context, marks=(*context.marks, *marks))
     drawn = points.rename(columns={"flops_total": "flops", "T_total": "latency_ms"})
     figure = flops_vs_latency(drawn, found, context, Style.of(options.figures))
@@ -103,10 +103,10 @@ def report(
             }
             for name, column in SWEEPS.items()
         },
-        **common.frame(options, environment, coverage, found, [claim], finding),
+        **results.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
-        "paper": common.paper_table("exp5", found),
+        "paper": results.paper_table("exp5", found),
         "predictors": _predictors(held_out),
         "association": _table(estimators),
     }
@@ -182,8 +182,8 @@ def _association(points: pd.DataFrame, column: str, notes: list[str]) -> dict[st
         rows = points if name == "combined" else points[points["sweep"] == name]
         rows = rows[rows[column].notna()]
         x, y = rows[column].astype(float), rows["T_total"]
-        fit = common.unless_impossible(notes, f"{name}: line", st.linear_fit, x, y)
-        both = common.unless_impossible(notes, f"{name}: correlation", st.correlations, x, y)
+        fit = results.unless_impossible(notes, f"{name}: line", st.linear_fit, x, y)
+        both = results.unless_impossible(notes, f"{name}: correlation", st.correlations, x, y)
         if fit is None or both is None:
             found[name] = None
             continue
@@ -212,7 +212,7 @@ def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
         rows = rows[(rows[column] > 0) & rows[time].notna()]
         if rows.empty:
             continue
-        ratio = common.unless_impossible(
+        ratio = results.unless_impossible(
             notes,
             f"ms per TFLOP in {regime}",
             ratio_estimate,
@@ -238,7 +238,7 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | No
             for name in (train, test)
             for rows in [points[points["sweep"] == name]]
         ]
-        error = common.unless_impossible(
+        error = results.unless_impossible(
             notes, f"{train} predicts {test}", transfer_error, nnls_relative_fit, *sides
         )
         found[f"{train} predicts {test}"] = error
@@ -257,7 +257,7 @@ def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
 
 def _on_shapes(points: pd.DataFrame, compute: Any, what: str, notes: list[str]) -> Any:
     shapes = _shape_means(points)
-    return common.unless_impossible(notes, what, compute, shapes["flops_total"], shapes["T_total"])
+    return results.unless_impossible(notes, what, compute, shapes["flops_total"], shapes["T_total"])
 
 
 def _iso(points: pd.DataFrame, notes: list[str]) -> dict[str, Any] | None:
@@ -265,7 +265,7 @@ def _iso(points: pd.DataFrame, notes: list[str]) -> dict[str, Any] | None:
     from vlm_latency.statistics import iso_pairs
 
     shapes = _shape_means(points)
-    found = common.unless_impossible(
+    found = results.unless_impossible(
         notes, "iso-FLOP pairs", iso_pairs, shapes["flops_total"], shapes["T_total"], 0.05
     )
     if found is None:
@@ -301,7 +301,7 @@ def _held_out(
         nominal = predictors(points, published, dtype)
         looked_at |= {name: nominal[name] for name in ("roofline_nominal",) if name in nominal}
     groups = shapes(points)
-    found = common.unless_impossible(
+    found = results.unless_impossible(
         notes, "held-out errors", cross_validate, groups, looked_at, points["T_total"]
     )
     if found is None:

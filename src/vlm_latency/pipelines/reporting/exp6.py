@@ -10,8 +10,8 @@ import pandas as pd
 from vlm_latency.errors import UserError
 from vlm_latency.experiments import BASELINE
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import common
-from vlm_latency.pipelines.reporting.exp1 import accuracy
+from vlm_latency.pipelines.reporting import results
+from vlm_latency.pipelines.reporting.entries import succeeded
 from vlm_latency.plots.notation import interval
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def report(
     from vlm_latency.plots.style import Style
     from vlm_latency.reduction import METHODS, method_of, refusal
 
-    coverage = common.with_cost_notes(coverage, records)
-    rows = common.succeeded(records)
+    coverage = results.with_cost_notes(coverage, records)
+    rows = succeeded(records)
     question = rows["request_id"].str.rpartition("/")[0]
     rows = rows.assign(
         asked=rows["request_id"],
@@ -67,7 +67,7 @@ def report(
         if name == BASELINE:
             continue
         method = method_of(str(name))
-        found = common.unless_impossible(notes, f"{name}@{keep:g}", _compared, before, own)
+        found = results.unless_impossible(notes, f"{name}@{keep:g}", _compared, before, own)
         if found is None:
             continue
         paired = before[list(PAIR)].merge(own[list(PAIR)])
@@ -81,9 +81,11 @@ def report(
                 "tokens": st.mean_estimate(own["num_vision_tokens_kept"].astype(float)),
                 "tokens_before": st.mean_estimate(before["num_vision_tokens_kept"].astype(float)),
                 "kv_cache_bytes": float(own["kv_cache_bytes"].mean()),
-                "T_reduction": common.means(own, ["T_reduction"]).get("T_reduction"),
-                "means": common.means(own, [*common.MEANS, REDUCED_PREFILL]),
-                "accuracy": accuracy(own.assign(request_id=own["asked"]), requests, environment),
+                "T_reduction": results.means(own, ["T_reduction"]).get("T_reduction"),
+                "means": results.means(own, [*results.MEANS, REDUCED_PREFILL]),
+                "accuracy": results.accuracy(
+                    own.assign(request_id=own["asked"]), requests, environment
+                ),
                 "claimed": claimed,
                 "measured": {
                     component: {"speed_up": _inverse(each.ratio), "verdict": each.verdict}
@@ -105,7 +107,7 @@ def report(
     shares = [each.value for each in realised.values() if each.value is not None]
     statistics: dict[str, Any] = {
         "finding": "",
-        "baseline": common.means(before, [*common.MEANS, REDUCED_PREFILL]),
+        "baseline": results.means(before, [*results.MEANS, REDUCED_PREFILL]),
         "identity": identity and identity["measured"]["T_total"]["verdict"],
         "realised": sum(shares) / len(shares) if shares else None,
         "pays_from": {name: _pays_from(entries, name) for name in _names(entries)},
@@ -117,11 +119,11 @@ def report(
         "notes": notes,
     }
     finding = statistics["finding"] = _finding(entries, statistics)
-    context = common.context(options, environment, coverage, finding)
+    context = results.context(options, environment, coverage, finding)
     figure = claimed_and_measured(entries, SHOWN, context, Style.of(options.figures))
     result = {
         "results": entries,
-        **common.frame(options, environment, coverage, statistics, [claim], finding),
+        **results.frame(options, environment, coverage, statistics, [claim], finding),
     }
     return result, {"paper": _paper(entries, before), "components": _components(entries)}, figure
 
@@ -225,7 +227,7 @@ def _finding(entries: list[dict[str, Any]], statistics: dict[str, Any]) -> str:
     faster = sum(e["measured"]["T_total"]["verdict"] == "FASTER" for e in reducing)
     claimed = best["claimed"]["speed_up"]
     against = f", {claimed:.2f}× claimed" if claimed else ""
-    return common.sentence(
+    return results.sentence(
         f"{faster} of {len(reducing)} reductions are FASTER in T_total",
         f"the most, {best['method']} at {best['keep']:g}, is "
         f"{interval(best['measured']['T_total']['speed_up'])}× as fast "
