@@ -32,7 +32,7 @@ import pandas as pd
 
 PROJECT = Path(__file__).parents[1]
 FAULTS = ("lost", "doubled", "stale", "unable")
-PATIENCE = 60  # seconds, for a command that hangs
+PATIENCE = 900  # seconds, for a command that hangs
 
 SMALL = {
     "figures.dpi": 50,
@@ -44,6 +44,7 @@ SMALL = {
     "exp4.sampling.num_samples": 2,
     "exp4.sampling.max_new_tokens_list": "2 4 6",
     "measurement.chunk_size": 1,
+    "measurement.warmup_runs": 0,
     "calibration.ceiling_seconds": 0.05,
     "calibration.proof_seconds": 0.2,
     "calibration.aa_comparisons": 2,

@@ -8,6 +8,8 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
+from functools import partial
 from traceback import clear_frames
 from typing import Any
 
@@ -167,7 +169,7 @@ def options(metadata: Any, prefix: str) -> None:
         from vlm_latency.config_loader import ConfigLoader
 
         conf = str(metadata.project_path / settings.CONF_SOURCE)
-        loader = ConfigLoader(conf, **settings.CONFIG_LOADER_ARGS)
+        loader = ConfigLoader(conf, **dict[str, Any](settings.CONFIG_LOADER_ARGS))
         found = list(listing.options(loader.options, prefix))
         if not found:
             raise UserError(f"no parameter begins with '{prefix}'; 'kedro options' lists all")
@@ -181,13 +183,23 @@ def options(metadata: Any, prefix: str) -> None:
             )
 
 
+def _params(read: Any, ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Read ``--params`` as Kedro does, but with ``${…}`` as text."""
+    from vlm_latency.config_loader import shown, without_references
+
+    return shown(read(ctx, param, without_references(value)))
+
+
 run = Run(
     "run",
     callback=kedro_run.callback,
     help=f"{kedro_run.help} 'kedro models' lists models, 'kedro options' every parameter of --params.",
     params=[
-        *kedro_run.params,
+        *map(copy, kedro_run.params),
         click.Option(["--traceback"], is_flag=True, help="Show the traceback of an error."),
     ],
 )
+for option in run.params:
+    if option.name == "params":
+        option.callback = partial(_params, option.callback)
 cli.add_command(run)

@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from vlm_latency.config_loader import ConfigLoader
+from vlm_latency.config_loader import Catalog, ConfigLoader
 from vlm_latency.hooks import ProjectHooks
 
 # Kedro's telemetry looks for the consent in the folder a command is given in; ours is: no.
@@ -15,6 +15,7 @@ warnings.filterwarnings("ignore", message="register_new_resolver")
 HOOKS = (ProjectHooks(),)
 CONF_SOURCE = "conf"
 CONFIG_LOADER_CLASS = ConfigLoader
+DATA_CATALOG_CLASS = Catalog
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from vlm_latency.options import PANELS, FigureOptions
 from vlm_latency.plots import (
@@ -538,3 +539,26 @@ def test_long_titles_wrap_between_words_and_not_before_units(made):
     lines = [text.get_text() for text in figure.texts]
     assert len(lines) == 3
     assert not any(line.startswith(("ms", "%", "[")) for line in lines)
+
+
+NASTY = r"a $b$ {c} ${d} \textbf{x} **m** <i>&amp; %_#~^\ $\frac{"
+
+
+def test_names_are_text_in_every_figure(made, style):
+    context = FigureContext(NASTY, (NASTY,), NASTY, NASTY)
+    for figure in every_figure(made, context, style):
+        figure.draw_without_rendering()
+        shown = words(figure)
+        assert "mathdefault" not in shown
+        marks = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert marks
+        assert not any(text.get_parse_math() for text in marks)
+
+
+def test_axes_of_a_wide_distribution_are_labelled_in_plain_numbers(made, context, style):
+    one = made.exp1()
+    times = one.records.assign(T_total=np.geomspace(1, 5000, len(one.records)))
+    figure = distribution.latency_distribution(times, one.statistics, context, style)
+    figure.draw_without_rendering()
+    assert "mathdefault" not in words(figure)
+    assert {"10", "100", "1000"} <= set(words(figure).split("\n"))

@@ -28,6 +28,7 @@ from vlm_latency.plots.style import (
     ok_rows,
     panels,
     point_style,
+    readable_log,
     small,
     whiskers,
 )
@@ -110,6 +111,8 @@ def _histogram(axes: Axes, rows: pd.DataFrame, name: str, summary: Summary | Non
     else:
         edges = np.histogram_bin_edges(values, bins=count)
     axes.hist(values, bins=edges.tolist(), color=COLOURS[name], alpha=0.55)
+    if axes.get_xscale() == "log":
+        readable_log(axes.xaxis)
     notes = []
     for percentile, colour in PERCENTILES.items():
         statistic: Estimate = getattr(summary, percentile)
@@ -153,6 +156,7 @@ def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
         return nothing(axes)
     if _is_wide(np.concatenate(drawn)):
         axes.set_xscale("log")
+        readable_log(axes.xaxis)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.95, 0.99], ["0", "25", "50", "75", "95", ""])
     axes.set(xlabel="latency (ms)", ylabel="requests at or below (%)", ylim=(0, 1.04))
     return legend(axes)
@@ -175,6 +179,7 @@ def _tail_scatter(axes: Axes, x: NDArray[np.float64], rows: pd.DataFrame, thresh
         )  # fmt: skip
     if np.isfinite(y).any() and _is_wide(y[np.isfinite(y)]):
         axes.set_yscale("log")
+        readable_log(axes.yaxis)
     axes.set_ylabel("T_total (ms)")
     legend(axes)
 

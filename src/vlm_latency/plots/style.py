@@ -129,6 +129,7 @@ class Style:
         settings: dict[Any, Any] = {
             "font.family": "DejaVu Sans",  # ships with matplotlib: the same letters everywhere
             "font.size": size,
+            "text.parse_math": False,  # names of models and folders may hold any mark
             "axes.titlesize": size,
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",

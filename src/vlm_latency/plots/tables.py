@@ -25,6 +25,10 @@ _ESCAPED = str.maketrans(
         "µ": r"\textmu{}",
         "±": r"$\pm$",
         "−": r"$-$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "\n": " ",
+        "\r": " ",
     }
 )
 
