@@ -70,6 +70,13 @@ class Pool:
         names = [f"{one['index']} {one['device_name']} on {one['host']}" for one in self.workers]
         return f"{len(names)} workers: {', '.join(names)}"
 
+    def call(self, index: int, what: str, *given: Any) -> Any:
+        """Let one worker do something."""
+        found = self._ask(what, *given, each={index: ()})
+        if index not in found:
+            raise MeasurementError(f"worker {index} died; run the same command again")
+        return found[index]
+
     def ceilings(self, seconds: float) -> list[dict[str, Any]]:
         """What each worker's device can do at most, measured by all at the same time."""
         found = self._ask("ceilings", seconds)

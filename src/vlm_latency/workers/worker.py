@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ import pandas as pd
 
 from vlm_latency.instrument.environment import code_hash, device_name, hardware, software
 from vlm_latency.instrument.protocol import measure
-from vlm_latency.instrument.session import SessionLog
+from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.models import ModelHandle, thread_count
 from vlm_latency.options import MeasurementOptions, ModelOptions
-from vlm_latency.records import Row
+from vlm_latency.records import Row, plain_rows
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,19 @@ class Worker:
         Counted from 1.
     folder
         The working directory, which relative paths are relative to.
+    handle
+        Of a model that this process has already.
     """
 
-    def __init__(self, index: int, model: ModelOptions, folder: str) -> None:
+    def __init__(
+        self, index: int, model: ModelOptions, folder: str, handle: ModelHandle | None = None
+    ) -> None:
         if Path(folder).is_dir():
             os.chdir(folder)
-        self.index, self.handle = index, ModelHandle(model)
+        self.index, self.handle = index, handle or ModelHandle(model)
+        self.threads = thread_count(model, self.handle.device)
+        self._held = ExitStack()
+        self._session: Session | None = None
         self._runs: Iterator[list[Row]] = iter(())
         self._log = SessionLog()
 
@@ -79,9 +88,7 @@ class Worker:
         """Measure what this device can do at most."""
         from vlm_latency.instrument.ceilings import ceilings
 
-        handle = self.handle
-        threads = thread_count(handle.options, handle.device)
-        return ceilings(handle.device, handle.dtype, threads, seconds)
+        return ceilings(self.handle.device, self.handle.dtype, self.threads, seconds)
 
     def prepare(self, work: Work, planned: pd.DataFrame) -> float:
         """Warm up for the runs of this worker.
@@ -91,21 +98,13 @@ class Worker:
         float
             How many seconds that took.
         """
-        from vlm_latency.vqa import image_bytes
-
-        vlm: Any = self.handle.vlm
-        if work.methods:
-            from vlm_latency.reduction import method_of
-            from vlm_latency.reduction.vlm import Reduced
-
-            vlm = Reduced(vlm, {name: method_of(name) for name in work.methods})
         self._log = SessionLog()
         self._runs = measure(
-            vlm,
+            self._model(work),
             work.requests,
             work.measurement,
             planned=planned,
-            fetch=lambda row: image_bytes(row, work.root),
+            fetch=_fetch(work),
             template=work.template,
             fingerprint=work.fingerprint,
             worker_index=self.index,
@@ -121,3 +120,38 @@ class Worker:
         for rows in self._runs:
             yield rows, None
         yield [], {**self._log.to_dict(), "worker_index": self.index}
+
+    def open(self, work: Work) -> None:
+        """Warm up for single runs of these requests."""
+        self.close()
+        vlm, rows = self._model(work), plain_rows(work.requests)
+        self._session = Session(vlm, work.measurement, _fetch(work), work.template, SessionLog())
+        self._held.enter_context(undisturbed(vlm))
+        vlm.set_threads(self.threads)
+        self._held.callback(self._session.close)
+        self._session.open(rows, rows)
+
+    def run(self, row: Row) -> Row:
+        """Make one run, once `open` has warmed up for it."""
+        assert self._session is not None
+        gc.collect(1)
+        return self._session.run(row)
+
+    def close(self) -> None:
+        """End what `open` began."""
+        self._held.close()
+
+    def _model(self, work: Work) -> Any:
+        """The model, under the methods of token reduction that the work asks for."""
+        if not work.methods:
+            return self.handle.vlm
+        from vlm_latency.reduction import method_of
+        from vlm_latency.reduction.vlm import Reduced
+
+        return Reduced(self.handle.vlm, {name: method_of(name) for name in work.methods})
+
+
+def _fetch(work: Work) -> Fetch:
+    from vlm_latency.vqa import image_bytes
+
+    return lambda row: image_bytes(row, work.root)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.options import ExperimentOptions, Options
+from vlm_latency.options import CalibrationOptions, ExperimentOptions, Options
 from vlm_latency.workers.asked import needs_workers, settled
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from vlm_latency.models import ModelHandle
@@ -62,6 +63,36 @@ def _ceilings_of_workers(settings: Options, model: ModelHandle, seconds: float) 
     return {**found[0], "workers": found}
 
 
+def _beside_a_worker(
+    found: dict[str, Any],
+    options: ExperimentOptions,
+    asked: CalibrationOptions,
+    model: ModelHandle,
+    requests: pd.DataFrame,
+    questions: QuestionSource,
+) -> None:
+    """Add to what a calibration found whether runs take as long in a worker."""
+    from vlm_latency.records import plain_rows
+    from vlm_latency.workers.gate import comparison, sentence
+    from vlm_latency.workers.pool import pool_of
+    from vlm_latency.workers.worker import Work, Worker
+
+    log.info("calibration: beside a worker")
+    measurement = options.measurement.model_copy(update={"method": "timeline"})
+    shared = settled(model, options.measurement, options.ray)
+    compared, same_device = comparison(
+        pool_of(model, options.measurement, options.ray),
+        Worker(1, shared, ".", model),
+        Work(requests, measurement, questions.root, options.prompt.template, ""),
+        plain_rows(requests),
+        pairs=asked.pairs,
+        seconds=asked.proof_seconds,
+        half_width=asked.half_width,
+    )
+    found["statistics"]["workers"] = compared.to_dict()
+    found["verdict"] = [*found["verdict"], sentence(compared, same_device)]
+
+
 def calibrate(
     options: ExperimentOptions,
     settings: Options,
@@ -97,6 +128,8 @@ def calibrate(
         measurement=options.measurement,
         known_ceilings=ceilings or None,
     )
+    if needs_workers(options.measurement, options.ray):
+        _beside_a_worker(found, options, asked, model, requests, questions)
     about = environment(
         options.model,
         options.measurement,
