@@ -51,7 +51,7 @@ def report(
     if new.any() and not new.all() and costs is not False:
         factors["first visit of a length"] = "first_of_length"
     told = rows.assign(image_id=entries.clusters(rows), first_of_length=new)
-    if rows["worker_index"].nunique() > 1:
+    if len(rows["worker_index"].dropna().unique()) > 1:
         # a request that several measured counts as the first's
         told["worker_index"] = rows.groupby("request_id")["worker_index"].transform("first")
         factors["worker"] = "worker_index"
