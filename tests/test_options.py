@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from vlm_latency import listing
 from vlm_latency.errors import UserError
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.option_types import BY_PROTOCOL
@@ -147,3 +148,10 @@ def test_the_hook_flag_of_the_seed_selects_the_method() -> None:
     assert Options.from_parameters(given).experiment("exp3").measurement.method == "hook"
     both = {"exp3": {"measurement": {"use_hook_for_llm_prefill": True, "method": "hook"}}}
     assert Options.from_parameters(both).experiment("exp3").measurement.method == "hook"
+
+
+def test_every_parameter_says_what_it_is() -> None:
+    listed = list(listing.options(Options()))
+    assert len(listed) > 100
+    assert [name for name, _, _, meaning in listed if not meaning.strip()] == []
+    assert [name for name, _, _, meaning in listed if "\n" in meaning or len(meaning) > 160] == []

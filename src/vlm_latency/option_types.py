@@ -23,7 +23,7 @@ class SamplingOptions(Group):
     requests: str | None = Field(
         None, description="a table of requests made before (parquet), instead of drawing"
     )
-    seed: int = Field(0, description="of the drawing")
+    seed: int = Field(0, description="of the choice of requests")
 
 
 G = TypeVar("G", bound=Group)

@@ -16,30 +16,31 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     Field,
     SerializeAsAny,
     ValidationError,
     create_model,
-    field_validator,
-    model_validator,
 )
 
 from vlm_latency.errors import UserError
 from vlm_latency.experiments import EXPERIMENTS, Experiment
+from vlm_latency.option_groups import (
+    CalibrationOptions,
+    CompareOptions,
+    DatasetOptions,
+    ExplainOptions,
+    FigureOptions,
+    PredictOptions,
+    PromptOptions,
+    RayOptions,
+    Revision,
+)
 from vlm_latency.option_types import (
     BY_PROTOCOL,
     Group,
-    Lengths,
-    Numbers,
     OutputLength,
     PartOfPlan,
-    PositiveNumbers,
     SamplingOptions,
-    Size,
-    Sizes,
-    Tiling,
-    Words,
     Workers,
     asked,
 )
@@ -49,16 +50,6 @@ OF_THE_COMMAND = ("shard", "workers")  # of measurement.*: not to be set for one
 CAPTURED = COMPILED[1:]  # engines whose encoder, projector and prefill are graphs too
 
 
-def _quoted(value: Any) -> Any:
-    """Refuse a commit that was read as a number, which 12e4567 was: it is infinity."""
-    if isinstance(value, int | float):
-        raise ValueError(
-            "a commit that reads as a number must be quoted: --params \"model.revision='12e4567'\""
-        )
-    return value
-
-
-Revision = Annotated[str | None, BeforeValidator(_quoted)]
 Method = Literal["timeline", "subtraction", "hook"]
 Estimator = Literal["analytic", "counted", "parameter_rule"]
 
@@ -66,202 +57,135 @@ Estimator = Literal["analytic", "counted", "parameter_rule"]
 class ModelOptions(Group):
     """``model.*``: which model, with which weights, where and how it runs."""
 
-    name: str | None = None  # zoo name, hub id, local folder or file.py:function
-    weights: Literal["auto", "pretrained", "random"] = "auto"
-    revision: Revision = None
-    zoo_file: str | None = None  # a user's own zoo, laid over the built-in one
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: str = "sdpa"
-    # the decoder's kernel for attention; auto = PyTorch's choice
-    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
-    float32_attention: bool | None = None  # Molmo only; None = as the reference
-    engine: Literal["eager", "static", "compiled", "compiled-all", "loop"] = "eager"
-    max_crops: Annotated[int, Field(ge=1)] | None = None  # tiles; None = the model's own
-    seed: int = 0
-    trust_remote_code: bool = False
-    # CPU threads while measuring; None = one on a CPU, torch's default beside a GPU
-    num_threads: Annotated[int, Field(ge=1)] | None = None
+    name: str | None = Field(
+        default=None,
+        description="a zoo name ('kedro models'), a hub id, a local folder, or file.py:function",
+    )
+    weights: Literal["auto", "pretrained", "random"] = Field(
+        default="auto", description="auto: random for a zoo name, pretrained for a hub id or folder"
+    )
+    revision: Revision = Field(
+        default=None, description="commit, branch or tag of a hub id; null: its main branch"
+    )
+    zoo_file: str | None = Field(
+        default=None, description="a YAML file of one's own models, laid over the built-in zoo"
+    )
+    device: str = Field(
+        default="auto", description="auto (a GPU where there is one), cpu, cuda or cuda:N"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    attn_implementation: str = Field(
+        default="sdpa", description="of transformers, such as sdpa, eager or flash_attention_2"
+    )
+    sdpa_backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        default="auto",
+        description="PyTorch's attention kernel in the decoder; auto: PyTorch's own choice",
+    )
+    float32_attention: bool | None = Field(
+        default=None,
+        description="Molmo only: the encoder's attention in float32; null: as the reference",
+    )
+    engine: Literal["eager", "static", "compiled", "compiled-all", "loop"] = Field(
+        default="eager",
+        description="how generate() is run: what is static, compiled or replayed as a CUDA graph",
+    )
+    max_crops: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="most tiles of an image; null: the model's own limit"
+    )
+    seed: int = Field(default=0, description="of random weights")
+    trust_remote_code: bool = Field(
+        default=False, description="allow a checkpoint to run its own Python code"
+    )
+    num_threads: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="CPU threads while measuring; null: one on a CPU, torch's default beside a GPU",
+    )
 
-    null_sleep_ms: Annotated[float, Field(ge=0)] = 0.0  # null-model only: how long a run takes
-
-
-class ColumnNames(Group):
-    """``dataset.columns.*``: what a hub dataset calls its columns."""
-
-    question: str = "question"
-    question_id: str | None = "question_id"
-    image_id: str | None = "image_id"
-    image: str = "image"
-    answers: str | None = "answers"
-    answer: str | None = "multiple_choice_answer"
-    question_type: str | None = "question_type"
-    answer_type: str | None = "answer_type"
-
-
-class DatasetOptions(Group):
-    """``dataset.*``: where the questions and images come from."""
-
-    name: str | None = "coco_2014_vqa"
-    source: Literal["synthetic", "official", "hub", "folder"] | None = None
-    path: str | None = None
-    split: Literal["validation", "val", "train"] = "validation"
-    hub_id: str = "lmms-lab/VQAv2"
-    revision: Revision = None
-    columns: ColumnNames = ColumnNames()
-    questions_file: str | None = None  # source=folder: the CSV or JSONL
-    seed: int = 0
-    size: Annotated[int, Field(ge=1)] | None = None  # source=synthetic: number of images
-    image_cache: str = "data/02_intermediate/hub_images"  # source=hub: where drawn images are kept
-
-
-class PromptOptions(Group):
-    """``prompt.*``: what is written around the question."""
-
-    template: str = "vqa2: {question}"
-
-    @model_validator(mode="after")
-    def _has_question(self) -> PromptOptions:
-        if "{question}" not in self.template:
-            raise ValueError(f"template {self.template!r} has no {{question}} in it")
-        return self
+    null_sleep_ms: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="null-model only: how long a run takes, milliseconds"
+    )
 
 
 class MeasurementOptions(Group):
     """``measurement.*``: how a request is timed."""
 
-    method: Annotated[Method, BY_PROTOCOL] = "timeline"
-    use_hook_for_llm_prefill: bool = False
-    num_runs: Annotated[int, Field(ge=1)] = 1
-    output_length: Annotated[OutputLength, BY_PROTOCOL] = "natural"
-    max_new_tokens: Annotated[int, Field(ge=1)] = 16  # cap when output_length=natural
-    order: Annotated[Literal["blocks", "ascending"], BY_PROTOCOL] = "blocks"
-    seed: int = 0
-    warmup: Annotated[Literal["plateau", "fixed"], BY_PROTOCOL] = "plateau"
-    warmup_runs: Annotated[int, Field(ge=0)] = 3  # fixed: this many; plateau: at least this many
-    warmup_max_runs: Annotated[int, Field(ge=1)] = 20
-    # warm: lengths are visited before they are measured where new ones cost (unless warmup_runs
-    # is 0); cold: first visits stay in
-    lengths: Annotated[Literal["warm", "cold"], BY_PROTOCOL] = "warm"
-    # wait so many seconds at most before a run for a host that is as quick as it has been
-    quiet_seconds: Annotated[float, Field(ge=0)] = 0.0
-    nvtx: bool = False  # NVTX ranges around the components (Nsight Systems)
-    # requests measured once more, to know the noise
-    noise_repeats: Annotated[int, Field(ge=0), BY_PROTOCOL] = 0
-    resume: bool = True
-    allow_partial: bool = False
-    max_failures: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the runs
-    chunk_size: Annotated[int, Field(ge=1, le=64)] = 16
-    # 3/8: measure the third of eight parts, into output_dir/shard-3of8; without it the same command
-    # gathers all parts
-    shard: PartOfPlan | None = None
-    workers: Workers = (
-        1  # processes that measure, one per device; all: as many as there are devices
+    method: Annotated[Method, BY_PROTOCOL] = Field(
+        default="timeline",
+        description="how components are timed: timeline marks one generate(), the others subtract",
     )
-
-
-class RayOptions(Group):
-    """``ray.*``: devices of other machines."""
-
-    address: str | None = (
-        None  # of a Ray cluster that runs: host:port, auto, ray://…; None: this machine
+    use_hook_for_llm_prefill: bool = Field(
+        default=False, description="another name for method=hook, as the seed study has it"
+    )
+    num_runs: Annotated[int, Field(ge=1)] = Field(default=1, description="runs of every request")
+    output_length: Annotated[OutputLength, BY_PROTOCOL] = Field(
+        default="natural",
+        description="tokens to write: until the model stops, as many as the answer has, none, or N",
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=16, description="most tokens of an answer with output_length=natural"
+    )
+    order: Annotated[Literal["blocks", "ascending"], BY_PROTOCOL] = Field(
+        default="blocks",
+        description="blocks: shuffled, every request once per block; ascending: by prompt length",
+    )
+    seed: int = Field(default=0, description="of the order of the runs")
+    warmup: Annotated[Literal["plateau", "fixed"], BY_PROTOCOL] = Field(
+        default="plateau", description="plateau: until times are steady; fixed: warmup_runs"
+    )
+    warmup_runs: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="warm-up runs: exactly with warmup=fixed, at least with plateau"
+    )
+    warmup_max_runs: Annotated[int, Field(ge=1)] = Field(
+        default=20, description="most warm-up runs with warmup=plateau"
+    )
+    lengths: Annotated[Literal["warm", "cold"], BY_PROTOCOL] = Field(
+        default="warm",
+        description="warm: new lengths are visited before they are measured, where they cost (not with warmup_runs=0); cold: first visits are measured",
+    )
+    quiet_seconds: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="longest wait before a run for a host as quick as it has been, seconds",
+    )
+    nvtx: bool = Field(
+        default=False, description="NVTX ranges around the components, for Nsight Systems"
+    )
+    noise_repeats: Annotated[int, Field(ge=0), BY_PROTOCOL] = Field(
+        default=0, description="requests measured once more, to estimate the noise"
+    )
+    resume: bool = Field(
+        default=True,
+        description="continue the runs in output_dir; false: set them aside and measure afresh",
+    )
+    allow_partial: bool = Field(
+        default=False, description="report on the runs there are, and measure nothing more"
+    )
+    max_failures: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01, description="share of the runs that may fail"
+    )
+    chunk_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=16, description="most runs that a crash may lose"
+    )
+    shard: PartOfPlan | None = Field(
+        default=None,
+        description="3/8: measure the third of eight parts; null: everything, or gather all parts",
+    )
+    workers: Workers = Field(
+        default=1,
+        description="processes that measure, one per device; all: as many as there are devices",
     )
 
 
 class FlopsOptions(Group):
     """``flops.*``: which estimator fills the seed's ``flops_*`` columns."""
 
-    estimator: Annotated[Estimator, BY_PROTOCOL] = "analytic"
-    counted: bool = True  # count on the meta device too (once per shape)
-
-
-# Panels by the figures of exp1 … exp5; no figure of an analysis has one of these names.
-PANELS = (
-    *("histogram", "cdf", "first", "tiling", "length", "variance"),
-    *("active", "pie", "bars"),
-    *("total", "prefill", "components"),
-    *("decode", "stack", "steps"),
-    *("exp3", "exp4", "combined", "regime", "held_out", "predicted"),
-)
-
-
-class FigureOptions(Group):
-    """``figures.*``: how figures look."""
-
-    style: Literal["default", "paper"] = "default"
-    columns: Literal[1, 2] = 1  # style=paper: of the page that a figure fills
-    panels: Words = ()  # names of the panels of exp1–exp5 to draw; none: all
-    dpi: Annotated[int, Field(ge=50)] = 300
-    vision_axis: Annotated[Literal["tokens", "patches"], BY_PROTOCOL] = "tokens"
-
-    @field_validator("panels")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in PANELS]:
-            raise ValueError(f"no panel {', '.join(unknown)}; expected of {' '.join(PANELS)}")
-        return names
-
-
-class CalibrationOptions(Group):
-    """``calibration.*``: how much the instrument is made to prove."""
-
-    pairs: Annotated[int, Field(ge=2)] = 40  # at least; more until half_width is reached
-    half_width: Annotated[float, Field(gt=0)] = 0.003  # of the ratios' intervals, a share
-    aa_comparisons: Annotated[int, Field(ge=1)] = 200
-    aa_pairs: Annotated[int, Field(ge=2)] = 20
-    delays_ms: PositiveNumbers = (2.0, 10.0, 50.0)
-    injections: Annotated[int, Field(ge=1)] = 12  # of each delay at least
-    method_requests: Annotated[int, Field(ge=1)] = 12
-    output_tokens: Annotated[int, Field(ge=2)] = 8
-    tiling: Tiling = (1, 1)
-    proof_seconds: Annotated[float, Field(gt=0)] = 120.0  # of each proof; then it is undecided
-    aa_seconds: Annotated[float, Field(gt=0)] = 300.0  # of the comparisons of equals
-    ceiling_seconds: Annotated[float, Field(gt=0)] = 8.0
-
-
-class ExplainOptions(Group):
-    """``explain.*``: which requests are looked at under a profiler."""
-
-    sizes: Sizes | None = None  # images of these sizes, "640x480 336x336"; None: exp2's shapes
-    max_shapes: Annotated[int, Field(ge=1)] = 4  # of exp2's, the most frequent ones
-    output_tokens: Annotated[int, Field(ge=2)] = 8
-    num_runs: Annotated[int, Field(ge=1)] = 10  # of each, without the profiler
-
-
-class PredictOptions(Group):
-    """``predict.*``: a workload whose latency is asked for without running the model."""
-
-    image: Size = (640, 480)
-    prompt_tokens: Annotated[int, Field(ge=1)] = 16
-    output_tokens: Annotated[int, Field(ge=1)] = 16
-    vision_token_grid: Lengths = (144, 288, 576, 1152, 2304)
-    output_token_grid: Lengths = (1, 16, 64, 256, 1024)
-    keep: Numbers = (1.0, 0.75, 0.5, 0.25)
-    drop_layer: Annotated[int, Field(ge=1)] = 2
-    hardware: str | None = None  # a row of the hardware table; None = this machine's ceilings
-
-
-class CompareOptions(Group):
-    """``compare.*``: two results folders, or several."""
-
-    baseline: str | None = None
-    candidate: str | None = None
-    runs: Words | None = None
-    margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    # What a machine may drift between two sessions: a smaller difference is undecided.
-    drift: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    fail_if_slower: Annotated[float, Field(ge=0)] | None = None  # percent
-    variants: str | None = Field(
-        default=None, description="a YAML file of variants of the model, measured in turn"
+    estimator: Annotated[Estimator, BY_PROTOCOL] = Field(
+        default="analytic", description="which estimator fills the columns flops_*"
     )
-    num_samples: Annotated[int, Field(ge=1)] = Field(
-        default=4, description="questions that every variant is asked"
-    )
-    num_runs: Annotated[int, Field(ge=1)] = Field(
-        default=20, description="runs of each question by each variant"
-    )
-    output_tokens: Annotated[int, Field(ge=1)] = Field(
-        default=8, description="tokens of each answer"
+    counted: bool = Field(
+        default=True, description="count operations on the meta device too, once per shape"
     )
 
 
@@ -327,8 +251,12 @@ def _own_group(row: Experiment) -> tuple[type[Group], Group]:
 
 
 class _Shared(Group):
-    output_dir: str = "data/08_reporting/motivation"
-    protocol: Literal["exact", "seed"] = "exact"
+    output_dir: str = Field(
+        default="data/08_reporting/motivation", description="folder of all results"
+    )
+    protocol: Literal["exact", "seed"] = Field(
+        default="exact", description="exact, or the seed study's way of measuring"
+    )
     model: ModelOptions = ModelOptions()
     dataset: DatasetOptions = DatasetOptions()
     prompt: PromptOptions = PromptOptions()

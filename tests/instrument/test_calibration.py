@@ -28,7 +28,8 @@ from vlm_latency.instrument.injection import (
 )
 from vlm_latency.instrument.methods import METERS, make_meter
 from vlm_latency.instrument.timeline import Mark
-from vlm_latency.options import CalibrationOptions, ModelOptions
+from vlm_latency.option_groups import CalibrationOptions
+from vlm_latency.options import ModelOptions
 from vlm_latency.vqa import image_bytes
 from vlm_latency.vqa.images import noise_recipe
 

@@ -15,7 +15,8 @@ from vlm_latency.instrument.explain import explain, profiled
 from vlm_latency.instrument.injection import DELAYED, DeviceSleep, HostSpin, delayed
 from vlm_latency.instrument.methods import make_meter
 from vlm_latency.models import load
-from vlm_latency.options import ExplainOptions, ModelOptions
+from vlm_latency.option_groups import ExplainOptions
+from vlm_latency.options import ModelOptions
 from vlm_latency.records import COMPONENTS
 from vlm_latency.vqa import image_bytes, sweep_sizes_requests
 

@@ -9,7 +9,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-from vlm_latency.options import PANELS, FigureOptions
+from vlm_latency.option_groups import PANELS, FigureOptions
 from vlm_latency.plots import (
     calibration,
     comparison,

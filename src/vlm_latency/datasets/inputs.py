@@ -19,7 +19,8 @@ from vlm_latency.datasets.variants import Variants, read_variants
 from vlm_latency.errors import DataError
 from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
-from vlm_latency.options import CompareOptions, DatasetOptions, ModelOptions
+from vlm_latency.option_groups import CompareOptions, DatasetOptions
+from vlm_latency.options import ModelOptions
 from vlm_latency.records import REQUEST_COLUMNS, typed
 from vlm_latency.results import Run, read_earlier, read_json, read_run, result_path
 

@@ -20,7 +20,8 @@ from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.attribution import MARK, Share, attribute, ranges
 from vlm_latency.instrument.methods import Meter, Reading
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
-from vlm_latency.options import ExplainOptions, MeasurementOptions
+from vlm_latency.option_groups import ExplainOptions
+from vlm_latency.options import MeasurementOptions
 from vlm_latency.records import plain_rows
 
 if TYPE_CHECKING:

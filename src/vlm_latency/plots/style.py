@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
-from vlm_latency.options import FigureOptions
+from vlm_latency.option_groups import FigureOptions
 from vlm_latency.plots.notation import Statistic, ends
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.models import ModelHandle, thread_count
-from vlm_latency.options import MeasurementOptions, ModelOptions, RayOptions
+from vlm_latency.option_groups import RayOptions
+from vlm_latency.options import MeasurementOptions, ModelOptions
 
 
 def needs_workers(measurement: MeasurementOptions, ray: RayOptions) -> bool:

@@ -17,7 +17,8 @@ import vlm_latency
 from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.instrument.environment import code_hash, software
 from vlm_latency.models import ModelHandle
-from vlm_latency.options import MeasurementOptions, ModelOptions, RayOptions
+from vlm_latency.option_groups import RayOptions
+from vlm_latency.options import MeasurementOptions, ModelOptions
 from vlm_latency.records import Row
 from vlm_latency.shards import difference
 from vlm_latency.workers.asked import count_workers, settled

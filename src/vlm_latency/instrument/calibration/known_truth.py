@@ -23,7 +23,7 @@ from vlm_latency.instrument.injection import (
 )
 from vlm_latency.instrument.methods import OTHER
 from vlm_latency.instrument.noise import NoiseProbe
-from vlm_latency.options import CalibrationOptions
+from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.statistics import Estimate, percentile
 
 TOLERANCE_SHARE, TOLERANCE_MS = 0.01, 0.2  # of an injected delay; the larger one counts

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_needed
 from vlm_latency.instrument.methods import METERS, OTHER, Reading, make_meter
 from vlm_latency.instrument.plan import output_rule
-from vlm_latency.options import CalibrationOptions
+from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.statistics import (
     a_a_false_alarms,
     compare_paired,

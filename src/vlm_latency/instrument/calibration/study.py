@@ -21,7 +21,8 @@ from vlm_latency.instrument.ceilings import ceilings
 from vlm_latency.instrument.clock import resolution_ns
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.models import thread_count
-from vlm_latency.options import CalibrationOptions, MeasurementOptions
+from vlm_latency.option_groups import CalibrationOptions
+from vlm_latency.options import MeasurementOptions
 from vlm_latency.records import plain_rows
 from vlm_latency.vqa.images import noise_recipe
 

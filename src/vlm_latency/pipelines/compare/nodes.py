@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.errors import DataError, MeasurementError
-from vlm_latency.options import CompareOptions, Options
+from vlm_latency.option_groups import CompareOptions
+from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting import results
 from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
