@@ -2,83 +2,149 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from vlm_latency.results import FILES, read_run
-from vlm_latency.statistics import percentile
+from vlm_latency.results import FILES, POOLED, read_run
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study"
-RUN = STUDY / "molmo-7b-d-h100-eager"
-PAGES = [ROOT / "README.md", STUDY / "README.md"]
+RUNS = pd.read_parquet(STUDY / POOLED)
+FOLDERS = sorted(RUNS["study_run"].unique())
+OK = RUNS[RUNS["status"] == "ok"]
 
 
-def records(name: str) -> pd.DataFrame:
-    return pd.read_parquet(RUN / name / f"{name}_records.parquet").query("status == 'ok'")
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """``python docs/study`` as a module."""
+    sys.path.insert(0, str(STUDY))
+    specification = importlib.util.spec_from_file_location("study_tool", STUDY / "__main__.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(STUDY))
 
 
-def median(values: pd.Series) -> str:
-    found = percentile(values.dropna().astype(float), 50)
-    return f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]"
+def result(folder: str, name: str) -> dict[str, Any]:
+    return json.loads((STUDY / folder / name / f"{FILES[name]}.json").read_text(encoding="utf-8"))
 
 
-def table() -> str:
-    """Medians over questions with two tiles by three, and over the answers of 512 tokens."""
-    photos = records("exp1").query("tiling_rows == 2 and tiling_cols == 3")
-    answers = records("exp4").query("num_output_tokens == 512")
-    cells = {
-        "preprocessing": median(photos["T_preprocess"]),
-        "encoder": median(photos["T_vision_encoder"]),
-        "projector": median(photos["T_projector"]),
-        "prefill": median(photos["T_LLM_prefill"]),
-        "first token": median(photos["T_first_token"]),
-        "per output token": median(answers["decode_step_ms"].explode()),
+def test_every_text_is_what_its_data_give(tool: Any) -> None:
+    for path, text in tool.texts().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: python docs/study writes it"
+
+
+def numbers(cell: str) -> list[float]:
+    """Take "12.9 [12.3, 13.5]" apart."""
+    value, _, ends = cell.rstrip("]").partition(" [")
+    return [float(text.replace(",", "")) for text in (value, *ends.split(", "))]
+
+
+def order_statistics(values: np.ndarray) -> tuple[float, float]:
+    """The ranks of a sign test, counted by hand: P(at most k heads of n) ≤ 2.5 %."""
+    n, share, rank = len(values), 0.0, 0
+    chance = 0.5**n
+    while share + chance <= 0.025:
+        share += chance
+        rank += 1
+        chance *= (n - rank + 1) / rank
+    ordered = np.sort(values)
+    return ordered[rank - 1], ordered[n - rank]
+
+
+def readme_rows() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- study:begin -->")[2].partition("<!-- study:end -->")[0]
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_headline_table_by_other_means(tool: Any) -> None:
+    """Medians and their intervals, and the mean of the images' median steps, in plain numpy."""
+    head, _, *rows = readme_rows()
+    runs = {run.label: run for run in tool.ev.load(STUDY)}
+    columns = {
+        "preprocessing": "T_preprocess",
+        "encoder": "T_vision_encoder",
+        "projector": "T_projector",
+        "prefill": "T_LLM_prefill",
+        "first token": "T_first_token",
     }
-    return "\n".join(
-        (
-            f"| model, engine | {' | '.join(cells)} |",
-            "| --- " * (len(cells) + 1) + "|",
-            f"| Molmo-7B-D, eager | {' | '.join(cells.values())} |",
-        )
-    )
+    compared = 0
+    for row in rows:
+        cells = dict(zip(head, row, strict=True))
+        own = OK[OK["study_run"] == runs[cells["model, engine"]].name]
+        photos = own[(own["experiment"] == "exp1") & (own["resolution"] == "640x480")]
+        for title, column in columns.items():
+            values = photos[column].dropna().to_numpy(float)
+            if not len(values):
+                assert cells[title] == "not measured"
+                continue
+            value, low, high = numbers(cells[title])
+            assert value == pytest.approx(np.median(values), rel=0.02)
+            narrow = order_statistics(values)  # each run counts: no narrower than this
+            assert low <= narrow[0] * 1.02 and high >= narrow[1] * 0.98
+            compared += 1
+        answers = own[own["experiment"] == "exp4"]
+        if answers.empty:
+            continue
+        lengths = set(answers["num_output_tokens"])
+        long = answers[answers["num_output_tokens"] == (512 if 512 in lengths else max(lengths))]
+        steps = long["decode_step_ms"].map(np.median).groupby(long["image_id"]).mean()
+        value, low, high = numbers(cells["per output token"])
+        assert value == pytest.approx(steps.mean(), rel=0.03)
+        assert low < steps.mean() < high
+        assert high - low > 2 * steps.sem()  # images are what is independent, not steps
+        compared += 1
+    assert compared >= 2 * len(rows) > 0
 
 
-def findings() -> list[str]:
-    found = []
-    for name, stem in FILES.items():
-        path = RUN / name / f"{stem}.json"
-        if path.is_file():
-            found.append(f"* **{name}:** {json.loads(path.read_text(encoding='utf-8'))['finding']}")
-    return found
-
-
-@pytest.mark.parametrize("page", PAGES, ids=["README", "study"])
-def test_the_table_is_computed_from_the_published_runs(page: Path) -> None:
-    assert table() in page.read_text(encoding="utf-8"), table()
-
-
-def test_the_findings_are_those_of_the_results() -> None:
-    text = (STUDY / "README.md").read_text(encoding="utf-8")
-    assert len(findings()) == 5
-    for line in findings():
-        assert line in text, line
-
-
-def test_the_averaged_entries_are_those_of_the_runs() -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_results_are_means_of_the_published_runs(folder: str) -> None:
     """The results and the table of single runs tell the same: nothing was edited in one of them."""
     for name in ("exp1", "exp2", "exp3", "exp4"):
-        result = json.loads((RUN / name / f"{FILES[name]}.json").read_text(encoding="utf-8"))
-        ours = records(name).groupby("request_id", sort=False)["T_total"].mean()
-        entries = pd.Series([entry["T_total"] for entry in result["results"]])
-        assert len(entries) == len(ours)
+        if not (STUDY / folder / name).is_dir():
+            continue
+        rows = OK[(OK["study_run"] == folder) & (OK["experiment"] == name)]
+        ours = rows.groupby("request_id", sort=False)["T_total"].mean()
+        found = result(folder, name)
+        entries = [entry["T_total"] for entry in found["results"]]
         assert sorted(entries) == pytest.approx(sorted(ours), rel=1e-9)
+        statistics = found["statistics"]
+        if name == "exp1":
+            by_request = rows.groupby("request_id")["T_total"].mean()
+            first = rows[rows["run_index"] == 0]["T_total"]
+            medians = [np.percentile(values, 50) for values in (by_request, first)]
+            assert any(statistics["T_total"]["P50"]["value"] == pytest.approx(m) for m in medians)
+        if name == "exp2":
+            for column, mean in statistics["means"].items():
+                assert mean["value"] == pytest.approx(rows[column].mean(), rel=1e-9)
 
 
-def test_anyone_can_compare_with_it() -> None:
-    run = read_run(RUN)
-    assert set(run.tables) == {"exp1", "exp2", "exp3", "exp4"}
-    assert sum(map(len, run.tables.values())) == 630
+def test_no_path_of_a_machine_is_published() -> None:
+    for path in STUDY.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\"/|/(?:home|root|tmp|work|data)/", text), path
+        assert '"process"' not in text
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in STUDY.rglob("*") if path.is_file()) <= 10_000_000
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_anyone_can_compare_with_it(folder: str) -> None:
+    run = read_run(STUDY / folder)
+    assert sum(map(len, run.tables.values())) == (OK["study_run"] == folder).sum()
+    for name, table in run.tables.items():
+        assert set(table["experiment"]) == {name}
+        assert "study_run" not in table

@@ -14,6 +14,9 @@ from vlm_latency.errors import DataError
 from vlm_latency.experiments import EXPERIMENTS, measured, studies
 from vlm_latency.records import PATCHES_PER_CROP
 
+# Runs of several folders in one file beside them, told apart by the column `study_run`.
+POOLED = "runs.parquet"
+
 FILES = {row.name: row.stem for row in EXPERIMENTS.values()}
 
 
@@ -151,9 +154,8 @@ def read_run(folder: Path | str) -> Run:
         if not path.is_file():
             continue
         results[name] = read_result(path)
-        records = folder / name / f"{name}_records.parquet"
-        if records.is_file():
-            runs = pd.read_parquet(records)
+        runs = _records(folder.resolve(), name)
+        if runs is not None:
             tables[name] = runs[runs["status"] == "ok"].reset_index(drop=True)
         else:
             tables[name] = entry_table(results[name], name)
@@ -163,6 +165,18 @@ def read_run(folder: Path | str) -> Run:
             "'kedro run' writes below output_dir"
         )
     return Run(folder.resolve().name, tables, results)
+
+
+def _records(folder: Path, name: str) -> pd.DataFrame | None:
+    """Read an experiment's runs, the folder's own or those that a published study pools."""
+    own, pooled = folder / name / f"{name}_records.parquet", folder.parent / POOLED
+    if own.is_file():
+        return pd.read_parquet(own)
+    if not pooled.is_file():
+        return None
+    asked = [("study_run", "==", folder.name), ("experiment", "==", name)]
+    runs = pd.read_parquet(pooled, filters=asked)
+    return None if runs.empty else runs.drop(columns="study_run")
 
 
 def _number(value: Any, name: str, experiment: str) -> float:

@@ -16,6 +16,7 @@ from vlm_latency.plots import (
     composition,
     distribution,
     explanation,
+    first_and_next,
     flops,
     language_sweep,
     prediction,
@@ -59,6 +60,7 @@ def every_figure(made, context, style):
     yield composition.latency_components(two.records, two.statistics, context, style)
     yield composition.latency_pie(two.statistics, context, style)
     yield composition.stacks({"a": two.statistics["means"]}, context, style)
+    yield first_and_next.first_and_next({"a": two.statistics["means"]}, context, style)
     yield vision_sweep.vision_tokens_vs_latency(three.records, three.statistics, context, style)
     yield language_sweep.language_tokens_vs_latency(four.records, four.statistics, context, style)
     yield flops.flops_vs_latency(five.points, five.statistics, context, style)
@@ -515,6 +517,19 @@ class TestSeveralResults:
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
         assert texts[0] == f"eager (n = 75): {interval(fit.slope, '', 1000)} µs per token"
         assert texts[1] == "compiled (n = 75)"
+
+    def test_the_first_token_and_the_next_stand_side_by_side(self, context):
+        told = {"value": 12.0, "low": 11.0, "high": 13.5}
+        parts = {"T_vision_encoder": 10.0, "T_projector": 1.0, "T_LLM_prefill": 7.0}
+        eager = {**parts, "T_first_token": 20.0, "T_preprocess": 5.0, "per_token": told}
+        results = {"eager": eager, "loop": {"T_first_token": 8.0, "per_token": None}}
+        figure = first_and_next.first_and_next(results, context, Style())
+        first, following = figure.axes
+        widths = sorted(bar.get_width() for bar in first.patches)
+        assert widths == [1, 2, 5, 7, 8, 10]  # what no part explains is the rest
+        assert [bar.get_width() for bar in following.patches] == [12]
+        assert interval(told) in words(figure)
+        assert [label.get_text() for label in first.get_yticklabels()] == ["eager", "loop"]
 
     def test_stacks_stand_side_by_side(self, made, context):
         means = made.exp2().statistics["means"]

@@ -146,7 +146,7 @@ def _section(study: Study) -> dict[str, Any]:
         "notes": _notes(result),
         "figures": figures,
         "tables": [_table(path) for path in study.tables],
-        "options": _flat(result.get("options") or {}),
+        "options": flat(result.get("options") or {}),
         "command": _command(study.name, result.get("options") or {}),
         "files": [(f"../{file}", file) for file in study.files],
     }
@@ -276,15 +276,15 @@ def _cell(value: Any) -> str:
     return number(value, 4) if isinstance(value, float) else str(value)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Write a tree as dotted paths and values."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _command(name: str, options: Mapping[str, Any]) -> str:
@@ -292,18 +292,33 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
 
     A value with a comma cannot stand on Kedro's command line; it is named in a comment.
     """
+    given, left = repeating(name, options)
+    command = f"kedro run --pipeline {name}"
+    if given:
+        command += f" --params {shlex.quote(','.join(given))}"
+    return command + "".join(f"\n# and in conf/local/parameters.yml: {item}" for item in left)
+
+
+def repeating(name: str, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """List the parameters that repeat a study: ``path=value``, where they differ from defaults.
+
+    Returns
+    -------
+    given, left
+        Those that can stand on Kedro's command line, and those with a comma, which cannot.
+    """
     protocol = options.get("protocol", "exact")
     if protocol not in PRESETS:
-        return f"kedro run --pipeline {name}"
+        return [], []
     asked = Options(protocol=protocol)
-    defaults = _flat(asked.model_dump(mode="json"))
+    defaults = flat(asked.model_dump(mode="json"))
     if "experiment" in options:
-        defaults |= _flat(asked.experiment(name).model_dump(mode="json"))
+        defaults |= flat(asked.experiment(name).model_dump(mode="json"))
     defaults["protocol"] = Options().protocol
     own, shared = set(type(getattr(asked, name)).model_fields), set(Options.model_fields)
     given: list[str] = []
     left: list[str] = []
-    for full, value in _flat(options).items():
+    for full, value in flat(options).items():
         path = full.removeprefix("own.")
         group = path.partition(".")[0]
         if path == "output_dir" or value is None:
@@ -315,10 +330,7 @@ def _command(name: str, options: Mapping[str, Any]) -> str:
         key = f"{name}.{path}" if group in own else path
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         (left if "," in text else given).append(f"{key}={text}")
-    command = f"kedro run --pipeline {name}"
-    if given:
-        command += f" --params {shlex.quote(','.join(given))}"
-    return command + "".join(f"\n# and in conf/local/parameters.yml: {item}" for item in left)
+    return given, left
 
 
 def _coverage(found: Mapping[str, Study]) -> list[dict[str, Any]]:
@@ -361,7 +373,7 @@ def _outliers(study: Study) -> str:
 def _environments(found: Mapping[str, Study]) -> dict[str, Any]:
     """Put the environments side by side; what is equal everywhere is told once."""
     flats = {
-        name: _flat({k: v for k, v in environment.items() if k not in UNTOLD})
+        name: flat({k: v for k, v in environment.items() if k not in UNTOLD})
         for name, study in found.items()
         if (environment := (study.result or {}).get("environment"))
     }

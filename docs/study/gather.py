@@ -1,0 +1,83 @@
+"""From folders of runs to what is published of them: slim JSONs and one table of single runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vlm_latency.experiments import measured, studies
+from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, typed
+from vlm_latency.results import POOLED, read_json, result_path
+
+LIMIT = 10_000_000  # bytes, of the whole published folder
+# An entry of these is a question; its runs are in the table.
+OF_QUESTIONS = ("exp1", "exp2")
+NAMED = ("request_id", "num_runs", "T_total", "T_first_token")
+# What only the figures of one run, or its host, need.
+LEFT_OUT = ("band", "process", "warmup", "runs_ms", "answers", "generated_text", "image_cache")
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+([\w.+-]+)")
+
+
+def published(folder: Path) -> list[Path]:
+    """List the folders of runs below a folder: those that hold a measured experiment's result."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_dir() and any(result_path(path, name).is_file() for name in measured())
+    )
+
+
+def gather(folder: Path, study: Path) -> None:
+    """Publish all folders of runs in place of those published before."""
+    runs = published(folder)
+    if not runs:
+        raise SystemExit(f"no folder below {folder} holds a result of {', '.join(measured())}")
+    for earlier in published(study):
+        shutil.rmtree(earlier)
+    tables = []
+    for run in runs:
+        for name in studies():
+            if not (path := result_path(run, name)).is_file() or name in ("predict", "compare"):
+                continue
+            target = result_path(study / run.name, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(slim(read_json(path), name), indent=1, ensure_ascii=False)
+            target.write_text(text + "\n", encoding="utf-8")
+            if name in measured():
+                records = pd.read_parquet(run / name / f"{name}_records.parquet")
+                tables.append(records.assign(study_run=run.name))
+    columns = {"study_run": "string", **MEASURED_COLUMNS, **COST_COLUMNS}
+    # Absent columns of one run must not decide the type of another's.
+    whole = typed(pd.concat([table.astype(object) for table in tables]), columns)
+    floats = [name for name in whole if str(whole[name].dtype) == "float64"]
+    whole.reset_index(drop=True).to_parquet(
+        study / POOLED,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=[name for name in whole if name not in floats],
+        use_byte_stream_split=floats,
+    )
+    size = sum(path.stat().st_size for path in study.rglob("*") if path.is_file())
+    if size > LIMIT:
+        raise SystemExit(f"{study} holds {size:,} bytes; expected at most {LIMIT:,}")
+
+
+def slim(result: dict[str, Any], name: str) -> Any:
+    """Leave out of a result what neither the page nor `compare` reads, and where files lay."""
+    if name in OF_QUESTIONS:
+        entries = [{key: entry.get(key) for key in NAMED} for entry in result["results"]]
+        result = {**result, "results": entries}
+    return _slim(result)
+
+
+def _slim(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _slim(own) for key, own in value.items() if key not in LEFT_OUT}
+    if isinstance(value, list):
+        return [_slim(own) for own in value]
+    return ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value

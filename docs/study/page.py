@@ -1,0 +1,429 @@
+"""The published texts: the page, the data card, and README's first screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import evidence as ev
+from evidence import StudyRun
+
+from vlm_latency.pipelines.reporting.common import marks
+from vlm_latency.plots.notation import ends, interval, number
+from vlm_latency.statistics import Estimate
+
+BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
+FIRST = "first_and_next.png"
+SWEEP = "vision_tokens.png"
+PLANNED = {
+    "Molmo-7B-D": "molmo-7b-d",
+    "MolmoE-1B": "molmoe-1b",
+    "LLaVA-1.5-7B": "llava-1.5-7b",
+    "Qwen2.5-VL-7B": "qwen2.5-vl-7b",
+}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([text[0], "| --- " * len(lines[0]) + "|", *text[1:]])
+
+
+def headline_table(runs: list[StudyRun]) -> str:
+    """Models and engines, row by row."""
+    rows = []
+    for run in runs:
+        found, tokens = ev.headline(run), ev.photos(run)
+        count = f"{int(tokens['num_vision_tokens'].median())}" if len(tokens) else "?"
+        cells = [interval(found[name]) if found[name] else "not measured" for name in ev.PARTS]
+        rows.append([run.label, count, *cells, ev.bounds(run)])
+    return table(["model, engine", "vision tokens", *ev.PARTS.values(), "bound by"], rows)
+
+
+def caption(runs: list[StudyRun]) -> str:
+    lengths = sorted({written for run in runs if (written := ev.length(run))})
+    images = sorted({run.tables["exp4"]["image_id"].nunique() for run in runs if ev.length(run)})
+    return (
+        f"Milliseconds with 95 % intervals, images of {ev.SIZE} (exp1): medians. Per output token: mean over "
+        f"{_span(images)} images of the median decode step of an answer of {_span(lengths)} tokens (exp4). "
+        f"{about(runs)}."
+    )
+
+
+def about(runs: list[StudyRun]) -> str:
+    devices = _listed(run.environment["line"].partition(",")[0] for run in runs)
+    said = _listed(mark for run in runs for mark in marks(next(iter(run.results.values()))))
+    return f"{devices}, batch 1, {said}, output lengths forced"
+
+
+def _span(values: list[int]) -> str:
+    return (
+        "–".join(str(value) for value in dict.fromkeys((values[0], values[-1]))) if values else "?"
+    )
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(word for word in words if word))
+
+
+def measured(runs: list[StudyRun]) -> str:
+    lines = []
+    for run in runs:
+        counts = ", ".join(f"{name} {len(rows)}" for name, rows in run.tables.items())
+        further = [name for name in ("exp5", "explain", "calibration") if name in run.results]
+        counts += "".join(f", {name}" for name in further)
+        hardware = run.environment["hardware"]
+        lines.append(
+            [
+                f"[{run.label}](study/{run.name})",
+                hardware.get("gpu") or hardware["cpu"],
+                run.model["dtype"],
+                run.model["weights"],
+                counts,
+                f"{ev.wall_seconds(run) / 60:.1f} min",
+            ]
+        )
+    return table(["run", "device", "dtype", "weights", "single runs", "wall time"], lines)
+
+
+def versions(runs: list[StudyRun]) -> str:
+    keys = ("torch", "cuda", "transformers", "python", "nvidia_driver")
+    found = {
+        key: _listed(str(run.environment["software"].get(key)) for run in runs) for key in keys
+    }
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
+def claims(runs: list[StudyRun]) -> str:
+    texts = list(dict.fromkeys(text for run in runs for text in run.claims()))
+    rows = []
+    for run in runs:
+        own, cells = run.claims(), []
+        for text in texts:
+            claim = own.get(text)
+            numbers = claim["numbers"].items() if claim else ()
+            said = "".join(f"<br>{name}: {interval(value)}" for name, value in numbers)
+            cells.append(f"**{claim['verdict']}**{said}" if claim else "not measured")
+        rows.append([run.label, *cells])
+    return table(["model, engine", *texts], rows)
+
+
+def surprises(runs: list[StudyRun]) -> str:
+    """What one would not have expected, each where its data are there."""
+    heads: dict[str, Callable[[StudyRun], str | None]] = {
+        "Attention is planned anew for every new length": _new_lengths,
+        "Short prefills cost what launching costs": _floor,
+        "The device waits": lambda run: run.statistics("explain", "finding"),
+        f"Preprocessing takes a good part of the time to first token (ratio, images of {ev.SIZE})": (
+            lambda run: interval(ratio) if (ratio := ev.preprocessing_ratio(run)) else None
+        ),
+        "Fewer parameters, slower tokens": lambda run: _slower_though_smaller(run, runs),
+        "The way it is run decides": lambda run: _engines(run, runs),
+        "FLOPs miss what bounds a request": _flops,
+        "The host disturbs": _host,
+    }
+    lines: list[str] = []
+    for head, find in heads.items():
+        said = [f"  * {run.label}: {text}" for run in runs if (text := find(run))]
+        lines += [f"* **{head}:**", *said] if said else []
+    return "\n".join(lines)
+
+
+def _new_lengths(run: StudyRun) -> str | None:
+    lengths = run.statistics("exp1", "new_lengths") or {}
+    parts = [lengths.get(part) or {} for part in ("prompt", "key")]
+    return "; ".join(part["sentence"] for part in parts if part.get("costs")) or None
+
+
+def _floor(run: StudyRun) -> str | None:
+    floor = run.statistics("exp3", "floors", "T_LLM_prefill") or {}
+    if floor.get("holds") != "floor and line":
+        return None
+    return (
+        f"a prefill takes at least {interval(floor['floor'], 'ms')}; below "
+        f"{interval(floor['free'])} vision tokens one more costs nothing"
+    )
+
+
+def _flops(run: StudyRun) -> str | None:
+    errors = run.statistics("exp5", "held_out_error") or {}
+    if not {"flops", "roofline_calibrated"} <= set(errors):
+        return None
+    ours, theirs = (interval(errors[name], "%", 100) for name in ("flops", "roofline_calibrated"))
+    return f"on held-out shapes they err by {ours}, the calibrated roofline by {theirs}"
+
+
+def _host(run: StudyRun) -> str | None:
+    found = run.statistics("exp1", "disturbed") or {}
+    if not found.get("moved"):
+        return None
+    return (
+        f"{found['disturbed_runs']} of {found['of']} requests ({', '.join(found['causes'])}); "
+        f"{found['number']} is {interval(found['with_all'], 'ms')} with them, "
+        f"{interval(found['undisturbed'], 'ms')} without"
+    )
+
+
+def _active(run: StudyRun) -> float:
+    """Give the parameters of the language model that a token passes through."""
+    parameters = run.results.get("exp2", {}).get("parameters") or {}
+    return parameters.get("params_llm_active") or parameters.get("params_llm") or float("nan")
+
+
+def _slower_though_smaller(run: StudyRun, runs: list[StudyRun]) -> str | None:
+    ours = ev.headline(run)["per_token"]
+    found = [
+        f"{other.label} ({_active(other) / 1e9:.1f} B, {interval(theirs, 'ms')})"
+        for other in runs
+        if other.model["engine"] == run.model["engine"]
+        and _active(run) < 0.8 * _active(other)
+        and _surely_above(ours, theirs := ev.headline(other)["per_token"])
+    ]
+    own = f"{_active(run) / 1e9:.1f} B active in the LLM, {interval(ours, 'ms')} per token"
+    return f"{own}, slower than {'; '.join(found)}" if found else None
+
+
+def _surely_above(one: Estimate | None, other: Estimate | None) -> bool:
+    low, high = ends(one)[1], ends(other)[2]
+    return low is not None and high is not None and low > high
+
+
+def _engines(run: StudyRun, runs: list[StudyRun]) -> str | None:
+    """Beside the same model run eagerly."""
+    same = (other for other in runs if other.model["name"] == run.model["name"])
+    eager = next((other for other in same if other.model["engine"] == "eager"), None)
+    if eager is None or run.model["engine"] == "eager":
+        return None
+    before, after = ev.headline(eager), ev.headline(run)
+    said = [
+        f"{ev.PARTS[name]} {interval(before[name], 'ms')} → {interval(after[name], 'ms')}"
+        for name in ("T_LLM_prefill", "T_first_token", "per_token")
+        if before[name] and after[name]
+    ]
+    return f"from eager, {'; '.join(said)}"
+
+
+def reductions(runs: list[StudyRun]) -> str:
+    """What dropping vision tokens claims and wins."""
+    parts = []
+    for run in runs:
+        if "exp6" not in run.results:
+            continue
+        rows = [
+            [
+                entry["method"],
+                f"{entry['keep']:g}",
+                interval(entry["tokens"]),
+                number(entry["claimed"]["speed_up"]) + "×",
+                f"{interval(entry['measured']['T_first_token']['speed_up'])}×",
+                f"{interval(entry['measured']['T_total']['speed_up'])}×",
+                entry["measured"]["T_total"]["verdict"],
+            ]
+            for entry in run.results["exp6"]["results"]
+        ]
+        head = [
+            "method",
+            "keep",
+            "tokens",
+            "claimed (FastV's formula)",
+            "first token",
+            "total",
+            "verdict",
+        ]
+        parts.append(f"**{run.label}:** {run.results['exp6']['finding']}.\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def bound_table(runs: list[StudyRun]) -> str:
+    rows = [
+        [
+            run.label,
+            name,
+            interval(part["wall"], "ms"),
+            f"{number(part['busy'])} ms",
+            f"{100 * part['idle_share']:.0f} %" if part["idle_share"] is not None else "?",
+            f"{part['kernels']}",
+            f"**{part['bound']}**" if part["bound"] else "—",
+            part.get("roofline_bound") or "—",
+        ]
+        for run in runs
+        for name, part in (run.results.get("explain", {}).get("components") or {}).items()
+    ]
+    head = [
+        "model, engine",
+        "component",
+        "wall",
+        "busy",
+        "idle",
+        "kernels",
+        "bound by",
+        "roofline says",
+    ]
+    return table(head, rows) if rows else ""
+
+
+def calibrations(runs: list[StudyRun]) -> str:
+    return "\n".join(
+        f"* **{run.label}:** {'; '.join(run.results['calibration']['verdict'])}."
+        for run in runs
+        if "calibration" in run.results
+    )
+
+
+def seeds(runs: list[StudyRun]) -> str:
+    """The seed's method beside the one that subtracts nothing."""
+    theirs = [run for run in runs if run.seed and not run.again]
+    beside = {run.kind[:2] for run in theirs}
+    rows = []
+    for run in (run for run in runs if run.kind[:2] in beside and not run.again):
+        found, own = ev.closure(run), ev.headline(run)
+        below = [
+            f"{name} {n} of {of} ({100 * n / of:.1f} %)" for name, (n, of) in found["below"].items()
+        ]
+        rows.append(
+            [
+                run.label,
+                "<br>".join(below) or "nothing is subtracted",
+                f"{interval(found['lacking'], '%', 100)}; the least {100 * found['worst']:.1f} %",
+                f"{found['exceed']} of {found['runs']}",
+                interval(own["T_LLM_prefill"], "ms"),
+                interval(own["per_token"], "ms"),
+            ]
+        )
+    head = [
+        "run", "differences at or below zero, clamped", "closure: what the parts lack to T_total (median)",
+        "runs whose parts exceed T_total", f"prefill, {ev.SIZE}", "per output token",
+    ]  # fmt: skip
+    return table(head, rows) if theirs else ""
+
+
+def repeated(runs: list[StudyRun]) -> str:
+    rows = []
+    for again in (run for run in runs if run.again):
+        first = next((run for run in runs if run.kind == again.kind and not run.again), None)
+        if first is None:
+            continue
+        for name, title in ev.PARTS.items():
+            one, two = ev.headline(first)[name], ev.headline(again)[name]
+            if one and two:
+                overlap = not (_surely_above(one, two) or _surely_above(two, one))
+                rows.append(
+                    [
+                        first.label,
+                        title,
+                        interval(one, "ms"),
+                        interval(two, "ms"),
+                        f"{two.value / one.value:.3f}",
+                        "yes" if overlap else "**no**",
+                    ]
+                )
+    head = ["model, engine", "number", "first", "again", "again / first", "intervals overlap"]
+    return table(head, rows) if rows else ""
+
+
+def limits(runs: list[StudyRun]) -> list[str]:
+    """Name what is missing, from what is there."""
+    first = ev.leading(runs)
+    absent: list[str] = []
+    for title, name in PLANNED.items():
+        own = [run for run in first if run.model["name"] == name]
+        if not own:
+            absent.append(f"{title} was not measured")
+        elif all(run.model["engine"] == "eager" for run in own):
+            absent.append(f"{title} was measured eager only")
+    for name in ("exp6", "explain", "calibration"):
+        without = [run.label for run in first if name not in run.results]
+        if without:
+            absent.append(f"{name} was not run on {'; '.join(without)}")
+    tests: dict[str, Callable[[StudyRun], bool]] = {
+        "the same command was not run twice": lambda run: run.again,
+        "protocol=seed was not run": lambda run: run.seed,
+    }
+    absent += [text for text, test in tests.items() if not any(map(test, runs))]
+    devices = {run.environment["hardware"].get("gpu") for run in runs}
+    absent.append(f"one kind of device was measured, {devices.pop()}") if len(
+        devices
+    ) == 1 else None
+    return absent
+
+
+def filled(text: str, block: str) -> str:
+    """Put a block between the markers of a text."""
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"expected the markers {BEGIN} and {END}, one after the other")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def readme_block(runs: list[StudyRun]) -> str:
+    first = ev.leading(runs)
+    return f"![Models and engines side by side](docs/study/{FIRST})\n\n{headline_table(first)}\n\n{caption(first)}"
+
+
+def study_page(runs: list[StudyRun], base: Path) -> str:
+    first = ev.leading(runs)
+    commands = "\n".join(line for run in runs for line in ev.command(run, base))
+    sweep = (
+        f"![Latency against vision tokens](study/{SWEEP})"
+        if any("exp3" in run.tables for run in first)
+        else ""
+    )
+    sections = {
+        "What was measured on what": f"{about(runs)}. {versions(runs)}. Images and questions are made, with the sizes "
+        "and lengths of VQA v2's; the weights are random values of the real architectures, which leaves the work of a "
+        "dense model as it is (routing in a mixture of experts depends on values). Wall time is that of measuring, "
+        f"warm-up included, loading not.\n\n{measured(runs)}",
+        "Where the time goes": f"![Models and engines side by side](study/{FIRST})\n\n{headline_table(first)}\n\n{caption(first)}",
+        "The seed study's claims": f"Each verdict is made by the rule in the run's JSON, from the number below it.\n\n{claims(first)}",
+        "What a vision token costs": sweep,
+        "What surprised": surprises(first),
+        "What bounds each part": bound_table(first),
+        "What dropping vision tokens wins": reductions(first),
+        "The seed's method beside this one": seeds(runs),
+        "The same command twice": repeated(runs),
+        "How far the instrument can be trusted": calibrations(first),
+        "Limits": "\n".join(f"* {text}." for text in limits(runs)),
+        "The commands": f"```bash\n{commands}\n```\n\n`kedro run --pipeline compare --params "
+        f"compare.baseline=docs/study/{first[0].name},compare.candidate=results/mine` compares a machine with this one.",
+    }
+    text = (
+        "# Where does the time of a vision-language model's request go, and do FLOPs predict it?\n\n"
+        "Written by `python docs/study` from [what was measured](study/README.md); `tests/test_study.py` computes every "
+        "number again. `[a, b]` is a 95 % interval, `?` an end that so few runs do not bound.\n"
+    )
+    return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
+
+
+def data_card(runs: list[StudyRun]) -> str:
+    found = "\n".join(
+        f"* `{run.name}/{name}`: {result['finding']}"
+        for run in runs
+        for name, result in run.results.items()
+        if result.get("finding")
+    )
+    dates = sorted(
+        str(rows["started_at"].min())[:10] for run in runs for rows in run.tables.values()
+    )
+    rows = sum(len(table) for run in runs for table in run.tables.values())
+    return f"""# Data of the study
+
+{about(runs)}; {versions(runs)}; {_listed((dates[0], dates[-1]))}. The page over it: [docs/study.md](../study.md).
+
+* `runs.parquet`: {rows:,} single runs that ended well, and those that failed, of {len(runs)} folders; `study_run` names
+  the folder, `experiment` the experiment, the others are [the record's columns](../columns.md). Nothing was edited or rounded.
+* `<run>/<experiment>/*.json`: statistics with their intervals, claims with their rules, options and conditions. Left
+  out were absolute paths, the host's process, bands of figures, generated texts, and of the entries of exp1 and exp2
+  all but their times: they are means of the runs in the table.
+* `gather.py`, `evidence.py`, `page.py`: `python docs/study RUNS_FOLDER` publishes the folders below `RUNS_FOLDER` (each an
+  `output_dir`) in place of these; `python docs/study` writes the texts again. `kedro run --pipeline compare` and
+  `vlm_latency.results.read_run` read `docs/study/<run>` as they read an `output_dir`.
+
+Not for: quality of answers (random weights write nonsense), tails of real traffic (requests are synthetic and run alone).
+
+## What each result says
+
+{found}
+
+Licence: that of the project (Apache 2.0).
+"""
