@@ -450,3 +450,29 @@ def test_models_are_listed_with_their_size(tmp_path: Path) -> None:
     assert {line[4] for line in lines.values() if line[2] in "BM"} <= {"yes", "no"}
     none = CliRunner().invoke(cli.models, ["--zoo-file", str(tmp_path / "no.yml")])
     assert none.exit_code == 1 and "there is no file" in none.output
+
+
+def test_a_list_with_commas_is_told_how_it_is_written(run: Callable[..., Result]) -> None:
+    done = run("--pipeline", "exp4", params=f"{NULL},exp4.sampling.max_new_tokens_list=8,16")
+    assert done.exit_code == 2
+    assert "max_new_tokens_list='8 16 32'" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("asked", ["model.name=nobody/nothing", "dataset.hub_id=nobody/nothing"])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    asked: str, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    from vlm_latency import hub
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.reachable.cache_clear()
+    source = "dataset.source=hub," if "hub_id" in asked else ""
+    params = asked if "model" in asked else f"{NULL},{source}{asked}"
+    told = message(run("--pipeline", "exp2", params=params))
+    hub.reachable.cache_clear()
+    assert "nobody/nothing" in told and "http://127.0.0.1:9 does not answer" in told
+    assert constants.HF_HUB_OFFLINE  # what comes next is not asked five times either

@@ -29,6 +29,11 @@ KEDRO_REFUSALS = (
     "module 'kedro.runner' has no attribute",
 )
 
+LISTS = (
+    " A comma ends a parameter: write a list as words, exp4.sampling.max_new_tokens_list='8 16 32', "
+    "and a text with a comma in conf/local/parameters.yml"
+)
+
 
 @click.group(name="vlm-latency")
 def cli() -> None:
@@ -44,7 +49,11 @@ class Run(click.Command):
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         with _one_message(_wants_traceback()):  # --params is read here
-            return super().make_context(*args, **options)
+            try:
+                return super().make_context(*args, **options)
+            except click.UsageError as error:
+                more = LISTS if "`params`" in error.message else ""
+                raise click.UsageError(error.message + more, error.ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         traceback = ctx.params.pop("traceback") or _wants_traceback()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError
+from vlm_latency.hub import reachable, unreachable
 from vlm_latency.models.components import (
     Components,
     Parameters,
@@ -413,6 +414,8 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ModelError(f"model.name: there is no folder {path}; expected one with a config.json")
     where = {"revision": options.revision}
+    local = Path(path).is_dir()
+    online = local or reachable()
     try:
         # A native family stays ours even where remote code is trusted.
         keys, _ = PreTrainedConfig.get_config_dict(path, **where)
@@ -421,6 +424,8 @@ def _read_config(path: str, options: ModelOptions) -> PreTrainedConfig:
         trust = options.trust_remote_code and not family.native
         return AutoConfig.from_pretrained(path, trust_remote_code=trust, **where)
     except Exception as error:  # a file of any content, read by any family's code
+        if not online:
+            raise ModelError(unreachable(path, "model.name")) from None
         raise ModelError(f"no usable configuration at {path}: {_reason(error)}") from None
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
+from vlm_latency.hub import reachable, unreachable
 from vlm_latency.vqa.source import QuestionSource, identifier, majority, question_table
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def _parquet_files(hub_id: str, revision: str | None, split: str) -> tuple[list[
     """The parquet files of the split, and the commit that they are pinned to (None if local)."""
     from datasets import load_dataset_builder
 
+    online = Path(hub_id).is_dir() or reachable()
     try:
         builder = load_dataset_builder(hub_id, revision=revision)
     except Exception as error:  # not found, offline, gated, a script, several configurations, …
@@ -117,6 +119,8 @@ def _parquet_files(hub_id: str, revision: str | None, split: str) -> tuple[list[
                 f"hub dataset {hub_id!r} is a script, and datasets ≥ 4 no longer runs scripts "
                 f"({reason}); use one in parquet, such as lmms-lab/VQAv2"
             ) from error
+        if not online:
+            raise DataError(unreachable(f"hub dataset {hub_id!r}", "dataset.path")) from error
         raise DataError(f"hub dataset {hub_id!r} cannot be opened: {reason}") from error
     if builder.info.builder_name != "parquet":
         raise DataError(

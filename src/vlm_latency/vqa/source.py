@@ -83,13 +83,16 @@ class QuestionSource:
         return image_bytes(self.with_images(row.to_frame().T).iloc[0], self.root)
 
 
+VQA_V2, VQA_V2_ON_HUB = "coco_2014_vqa", "lmms-lab/VQAv2"
+
+
 def open_source(
-    name: str = "coco_2014_vqa",
+    name: str = VQA_V2,
     source: str = "synthetic",
     path: Path | str | None = None,
     split: str = "validation",
     *,
-    hub_id: str = "lmms-lab/VQAv2",
+    hub_id: str = VQA_V2_ON_HUB,
     revision: str | None = None,
     columns: Mapping[str, str | None] | None = None,
     questions_file: str | None = None,
@@ -102,7 +105,8 @@ def open_source(
     Parameters
     ----------
     name
-        What results call the dataset.
+        What results call the dataset; the default stands for VQA v2 only: other data are called by
+        their folder or hub id.
     source
         ``official``: a folder in VQA v2's own layout at ``path``; ``hub``: a Hugging Face dataset
         in parquet; ``folder``: a folder of images at ``path`` and a table of questions in it;
@@ -139,6 +143,9 @@ def open_source(
     if source == "hub":
         from vlm_latency.vqa import hub
 
+        if name == VQA_V2 and hub_id != VQA_V2_ON_HUB:
+            name = hub_id
+
         return hub.open_hub(
             name,
             split,
@@ -162,6 +169,7 @@ def open_source(
         return official.open_official(name, split, root)
     from vlm_latency.vqa import folder
 
+    name = root.resolve().name if name == VQA_V2 else name
     return folder.open_folder(name, split, root, questions_file)
 
 

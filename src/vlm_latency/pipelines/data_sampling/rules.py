@@ -91,6 +91,8 @@ class VisionSweep(Questions):
         """Name the grids, or count the sizes."""
         grids = requests["grid"]
         row = grids[grids.str.startswith("1×").fillna(False)]
+        if len(requests) == 1:
+            return "one image size, beside which no other makes more or fewer vision tokens,"
         if row.empty:
             return f"{len(requests)} image sizes"
         more = f" and {len(grids) - len(row)} of equal crops" if len(row) < len(grids) else ""

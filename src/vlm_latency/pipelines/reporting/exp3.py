@@ -144,6 +144,11 @@ def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
     """Say what the tests allow: a cost per token only of what follows a line."""
     unit = "patch" if axis == "patches" else "token"
     said, lines, floors, bend = [], found["lines"], found["floors"], found["linearity"]
+    if len(found["sizes"]) == 1:
+        return (
+            f"every image was {found['sizes'][0]:g} vision {axis}: what one costs cannot be told from "
+            "one number of them"
+        )
     floor = floors.get("T_total")
     if _carries(floor, found["sizes"]):
         said.append(
