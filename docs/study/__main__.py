@@ -10,7 +10,7 @@ import page
 from gather import gather
 
 from vlm_latency.pipelines.compare.nodes import side_by_side
-from vlm_latency.pipelines.reporting.common import marks
+from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.plots.first_and_next import first_and_next
 from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.results import Run

@@ -8,7 +8,7 @@ from pathlib import Path
 import evidence as ev
 from evidence import StudyRun
 
-from vlm_latency.pipelines.reporting.common import marks
+from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.plots.notation import ends, interval, number
 from vlm_latency.statistics import Estimate
 
