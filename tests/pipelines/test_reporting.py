@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,3 +388,32 @@ def test_the_table_for_a_paper_has_five_columns() -> None:
     latex = to_latex(tables["paper"])
     assert "quantity & unit & value & 95" in latex
     assert latex.splitlines()[0].startswith(r"\begin{tabular}{lll")
+
+
+@pytest.mark.parametrize(
+    ("noise", "slow", "said"),
+    [
+        (0.001, 0.0, r"^each vision token costs 1[34]\d\S* µs \[.*\] of T_total$"),
+        (0.05, 0.0, r"^a vision token costs .* of T_total on average of the sweep$"),
+        (0.001, 300.0, r"of T_total.* in the typical run$"),
+    ],
+)
+def test_a_cost_per_token_says_no_more_than_the_sweep(noise: float, slow: float, said: str) -> None:
+    """Each token costs it where the cost is known not to change, and slow runs are not the mean."""
+    from vlm_latency import statistics as st
+
+    rng = np.random.default_rng(1)
+    request = np.repeat(np.arange(15), 5)
+    tokens = np.linspace(288, 1344, 15)[request]
+    total = (10 + 0.14 * tokens) * np.exp(rng.normal(0, noise, 15)[request])
+    total[-8:] += slow * rng.random(8)
+    nothing = dict.fromkeys(("encoder_per_crop", "prefill_per_token", "disturbed"))
+    found = {
+        **nothing,
+        "lines": {"T_total": st.headline_line(tokens, total, request)},
+        "floors": {},
+        "linearity": None,
+        "marginal_change": st.marginal_change(tokens, total, request),
+        "sizes": [],
+    }
+    assert re.search(said, exp3._finding(found, "tokens"))

@@ -156,3 +156,17 @@ def test_a_share_that_is_no_share_is_an_estimate_that_failed() -> None:
     assert budget.shares["unexplained"].value is None
     assert "the estimate failed: -" in budget.shares["unexplained"].note
     assert "unexplained unknown" in budget.sentence
+
+
+def test_a_tail_of_which_little_is_known_is_given_no_share() -> None:
+    """Four runs lie above P95: an interval from 1 % to 600 % is no sentence."""
+    rng = np.random.default_rng(0)
+    sentences = []
+    for _ in range(40):
+        runs = pd.DataFrame({"request_id": np.arange(80), "num_crops": rng.choice([2, 7], 80)})
+        runs["T_total"] = 100 + runs["num_crops"] + rng.exponential(40, 80)
+        found = variance_budget(runs, factors={"tiling": "num_crops"})
+        known = found.tail_content.within(-0.05, 1.05)
+        sentences.append(found.sentence)
+        assert ("cannot be said: too few" in found.sentence) == (not known)
+    assert any("cannot be said" in said for said in sentences)

@@ -103,7 +103,7 @@ def tail_ratio(
     """P99 / P50 with a distribution-free interval.
 
     Two intervals, each at half the risk (Bonferroni), are divided end by end, so the interval
-    holds at least at `level`; its upper end needs 436 values at 95 %.
+    holds at least at `level`; its upper end needs 437 values at 95 %.
 
     Raises
     ------

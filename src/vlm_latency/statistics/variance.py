@@ -323,7 +323,10 @@ def _sentence(
         "neither": "The tail is in neither the factors nor the noise",
         "undecided": "It is undecided whether the tail is in the content or in the machine",
     }[verdict]
-    return (
-        f"{opening}: the factors predict {tail:.0%} of what lies above P{TAIL} of {response}; "
-        f"of the whole spread {parts}, {machine}, {said('unexplained')}."
-    )
+    predicted = f"the factors predict {tail:.0%} of what lies above P{TAIL} of {response}"
+    if tail.low is not None and not tail.within(-FAILED, 1 + FAILED):
+        predicted = (
+            f"what the factors predict of the {tail.n} runs above P{TAIL} of {response} cannot be "
+            "said: too few, or too unlike"
+        )
+    return f"{opening}: {predicted}; of the whole spread {parts}, {machine}, {said('unexplained')}."

@@ -142,6 +142,8 @@ def _slope(rows: pd.DataFrame, axis: str) -> Estimate | None:
 
 def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
     """Say what the tests allow: a cost per token only of what follows a line."""
+    from vlm_latency.statistics.claims import FALLS
+
     unit = "patch" if axis == "patches" else "token"
     said, lines, floors, bend = [], found["lines"], found["floors"], found["linearity"]
     if len(found["sizes"]) == 1:
@@ -156,14 +158,18 @@ def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
             f"{interval(floor.slope, 'µs', 1000)} of T_total"
         )
     elif "T_total" in lines:
-        slope = lines["T_total"].headline.slope
-        cost = interval(slope, "µs", 1000)
+        slope, change = lines["T_total"].headline.slope, found["marginal_change"]
+        cost, typical = interval(slope, "µs", 1000), results.typical(lines["T_total"])
         if not slope.above(0):
             said.append(f"what a vision {unit} costs cannot be told from zero ({cost})")
         elif bend and bend.verdict == "not a line":
-            said.append(f"T_total does not follow one line: {cost} per vision {unit} on average")
+            said.append(
+                f"T_total does not follow one line: {cost} per vision {unit} on average{typical}"
+            )
+        elif change is None or not change.within(FALLS, -FALLS):  # a line, for all that is known
+            said.append(f"a vision {unit} costs {cost} of T_total on average of the sweep{typical}")
         else:
-            said.append(f"each vision {unit} costs {cost} of T_total")
+            said.append(f"each vision {unit} costs {cost} of T_total{typical}")
     prefill = floors.get("T_LLM_prefill")
     if _carries(prefill, found["sizes"]) and not _carries(floor, found["sizes"]):
         said.append(f"below {interval(prefill.free)} {axis} one costs the prefill nothing")

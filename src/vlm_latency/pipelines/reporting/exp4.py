@@ -135,8 +135,9 @@ def _finding(found: dict[str, Any], claim: Claim) -> str:
     """Say what the claim's verdict allows; what is undecided is no headline."""
     said = []
     if "T_LLM_decode" in found["lines"]:
-        slope = found["lines"]["T_LLM_decode"].headline.slope
-        said.append(f"each output token takes {interval(slope, 'ms')}")
+        line = found["lines"]["T_LLM_decode"]
+        slope = line.headline.slope
+        said.append(f"each output token takes {interval(slope, 'ms')}{results.typical(line)}")
         if not slope.above(0):
             said = [
                 f"what an output token takes cannot be told from zero ({interval(slope, 'ms')})"

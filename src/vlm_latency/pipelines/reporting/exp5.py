@@ -350,13 +350,13 @@ def _verdict(found: dict[str, Any], claim: Claim) -> str:
     spread = ""
     if len(regimes) > 1:
         worst, best = (pick(regimes, key=lambda k: regimes[k].value) for pick in (max, min))
-        ratio = regimes[worst].value / regimes[best].value
-        spread = f" A TFLOP of {worst} costs {ratio:.1f} × one of {best}."
+        low, high = (interval(regimes[name], "ms") for name in (best, worst))
+        spread = f" A TFLOP of {worst} costs {high}, one of {best} {low}."
     pairs = found["iso_flop_pairs"]
     if pairs and pairs["n_pairs"]:
-        median, largest = pairs["median_ratio"].value, pairs["max_ratio"]
+        median, largest = interval(pairs["median_ratio"]), pairs["max_ratio"]
         spread += (
-            f" Requests of equal FLOPs (to {100 * pairs['tolerance']:.0f} %) differ {median:.2f} × "
+            f" Requests of equal FLOPs (to {100 * pairs['tolerance']:.0f} %) differ {median} × "
             f"at the median of {pairs['n_pairs']} pairs, {largest:.2f} × at most."
         )
     return f"{said}: mean error on held-out shapes: {', '.join(parts)}.{spread}"

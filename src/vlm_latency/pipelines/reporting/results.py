@@ -124,6 +124,11 @@ def judged_on(environment: dict[str, Any]) -> str:
     return f"judged on {model['name']}, {toy} with random weights"
 
 
+def typical(line: ChosenLine) -> str:
+    """Say beside a slope that it is of the typical run, where extreme runs rule the mean."""
+    return " in the typical run" if line.chosen == "robust" else ""
+
+
 def sentence(*parts: str | None) -> str:
     """Join what was found."""
     return "; ".join(part for part in parts if part)
