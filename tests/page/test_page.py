@@ -183,7 +183,7 @@ def test_every_study_has_a_command_that_is_accepted_and_repeats_it(name, setting
     if name == "calibration":
         options["calibration"] = asked.calibration.model_dump(mode="json")
     page = build_page({name: Study(name, {"options": options})})
-    command = html.unescape(re.findall(r"<pre><code>(.*?)</code></pre>", page)[0])
+    command = html.unescape(re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", page)[0])
     words = shlex.split(command)
     given = _split_params(None, None, words[5])
     repeated = Options.from_parameters(given)
@@ -197,7 +197,7 @@ def test_the_command_repeats_what_conf_base_says_otherwise(name):
     """The library's own defaults, asked for on the command line of a project whose files differ."""
     options = Options().experiment(name).model_dump(mode="json")
     page = build_page({name: Study(name, {"options": options})})
-    command = html.unescape(re.findall(r"<pre><code>(.*?)</code></pre>", page)[0])
+    command = html.unescape(re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", page)[0])
     given = _split_params(None, None, shlex.split(command)[5])
     base = {}
     for file in (Path(__file__).parents[2] / "conf/base").glob("parameters_exp*.yml"):
@@ -216,7 +216,8 @@ def test_the_command_repeats_what_conf_base_says_otherwise(name):
 def test_the_command_repeats_the_study(folder, name):
     study = collect_results(folder)[name]
     block = next(
-        b for b in re.findall(r"<pre><code>(.*?)</code></pre>", build_page({name: study}), re.S)
+        b
+        for b in re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", build_page({name: study}), re.S)
     )
     command, _, comment = html.unescape(block).partition("\n# and in conf/local/parameters.yml: ")
     words = shlex.split(command)

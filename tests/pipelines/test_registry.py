@@ -60,7 +60,12 @@ def test_kedro_viz_finds_layers_and_what_each_node_does(registry: dict, catalog)
         name: catalog.get(name).metadata["kedro-viz"]["layer"]
         for name in ("model", "questions", "exp1.requests", "exp1.records", "exp1.result", "page")
     }
-    assert list(dict.fromkeys(layers.values())) == ["raw", "primary", "model_output"]
+    assert list(dict.fromkeys(layers.values())) == [
+        "raw",
+        "primary",
+        "model_output",
+        "reporting",
+    ]
     for name in REGISTERED:
         for node in registry[name].nodes:
             assert inspect.isfunction(node.func) and node.func.__doc__, node.name  # its source

@@ -87,7 +87,23 @@ def _render(found: Mapping[str, Study]) -> str:
         coverage=_coverage(found),
         environments=_environments(found),
         calibrated="calibration" in found,
+        measured=_measured(found),
     )
+
+
+def _measured(found: Mapping[str, Study]) -> str:
+    """Say when the runs were made, and when they were reported; empty where no result says."""
+    environments = [(study.result or {}).get("environment") or {} for study in found.values()]
+    times = [each["measured"] for each in environments if each.get("measured")]
+    if not times:
+        return ""
+    first, last = (
+        min(str(each["first"]) for each in times),
+        max(str(each["last"]) for each in times),
+    )
+    days = [f"{time[:16].replace('T', ' ')} UTC" for time in (first, last)]
+    reported = max(str(each["reported"]["at"]) for each in environments if each.get("reported"))
+    return f"Measured {' to '.join(dict.fromkeys(days))}; reported {reported[:16].replace('T', ' ')} UTC"
 
 
 def _marks(found: Mapping[str, Study]) -> list[str]:
@@ -137,6 +153,7 @@ def _section(study: Study) -> dict[str, Any]:
         "problem": study.problem,
         "model": _model_name(result),
         "line": (result.get("environment") or {}).get("line"),
+        "finding": result.get("finding") or statistics.get("finding"),
         "facts": [
             (fact.label, _written(value, fact.unit, fact.scale), _note(value))
             for fact in about.facts

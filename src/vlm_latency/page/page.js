@@ -29,3 +29,16 @@ for (const button of document.querySelectorAll("button.zoom")) {
   });
 }
 lightbox.addEventListener("click", () => lightbox.close());
+// Commands: a button copies the one beside it, or selects it where the browser does not let us.
+for (const button of document.querySelectorAll("button.copy")) {
+  button.addEventListener("click", async () => {
+    const code = button.parentElement.querySelector("code");
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code);
+      button.textContent = "Selected";
+    }
+  });
+}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.options import CalibrationOptions, ExperimentOptions, Options
+from vlm_latency.option_groups import CalibrationOptions
+from vlm_latency.options import ExperimentOptions, Options
 from vlm_latency.workers.asked import needs_workers, settled
 
 if TYPE_CHECKING:
