@@ -93,7 +93,7 @@ class Share:
     kernels: int = 0
     host_ms: float = 0.0
     waiting_ms: float = 0.0
-    largest: list[dict[str, Any]] = field(default_factory=list)
+    largest: list[dict[str, object]] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
 
 
@@ -125,7 +125,7 @@ def works_of(events: Sequence[Event], on_device: bool) -> list[Work]:
     """
     if not on_device:
         return _operators(event for event in events if event.get("cat") == "cpu_op")
-    launched: dict[Any, float] = {}
+    launched: dict[object, float] = {}
     for event in events:
         if event.get("cat") in LAUNCHERS and "correlation" in event.get("args", {}):
             number = event["args"]["correlation"]
@@ -141,7 +141,7 @@ def works_of(events: Sequence[Event], on_device: bool) -> list[Work]:
 
 def _operators(events: Iterable[Event]) -> list[Work]:
     """Nest operators by their times, per thread."""
-    by_thread: dict[Any, list[Event]] = defaultdict(list)
+    by_thread: dict[object, list[Event]] = defaultdict(list)
     for event in events:
         by_thread[event["tid"]].append(event)
     found: list[Work] = []
@@ -268,7 +268,7 @@ def attention_backends(names: Sequence[str]) -> list[str]:
     return fused or list(found)
 
 
-def ranges(events: Sequence[Event], on_device: bool, title: str = "") -> list[dict[str, Any]]:
+def ranges(events: Sequence[Event], on_device: bool, title: str = "") -> list[dict[str, object]]:
     """Make tracks of the components for a trace viewer: on the host and, beside it, on the device.
 
     The device's range of a stretch is from its first kernel's start to its last one's end.
@@ -282,7 +282,7 @@ def ranges(events: Sequence[Event], on_device: bool, title: str = "") -> list[di
     process = f"components {title}".strip()
     tracks = {1: "host", 2: "device"} if on_device else {1: "host"}
     at = {"pid": process, "ts": stretches[0].start_ns / 1e3}
-    found: list[dict[str, Any]] = [
+    found: list[dict[str, object]] = [
         {**at, "ph": "M", "name": "process_name", "tid": 0, "args": {"name": process}},
         {**at, "ph": "M", "name": "process_sort_index", "tid": 0, "args": {"sort_index": -1}},
     ]

@@ -12,9 +12,12 @@ import platform
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm_latency.statistics import percentile
+
+if TYPE_CHECKING:
+    import torch
 
 MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATMUL_SECONDS = 0.01  # the smallest size that takes so long, or the largest
@@ -25,7 +28,9 @@ FEWEST_SAMPLES = 5
 CEILING_PERCENTILE = 90.0
 
 
-def ceilings(device: Any, dtype: str, threads: int, seconds: float = 8.0) -> dict[str, Any]:
+def ceilings(
+    device: torch.device | str, dtype: str, threads: int, seconds: float = 8.0
+) -> dict[str, object]:
     """Measure the roofs of the roofline model on a device.
 
     Parameters
@@ -77,14 +82,14 @@ def ceilings(device: Any, dtype: str, threads: int, seconds: float = 8.0) -> dic
     }
 
 
-def _current(device: Any) -> contextlib.AbstractContextManager[Any]:
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a GPU the one whose stream and events are meant."""
     import torch
 
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _matmul(device: Any, dtype: Any, seconds: float) -> tuple[int, list[float]]:
+def _matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[int, list[float]]:
     """Samples of FLOP/s, on random numbers: zeros would flatter a GPU."""
     import torch
 
@@ -92,7 +97,7 @@ def _matmul(device: Any, dtype: Any, seconds: float) -> tuple[int, list[float]]:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
 
-        def multiply(a: Any = a, b: Any = b, out: Any = out) -> None:
+        def multiply(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)
 
         multiply()
@@ -101,7 +106,7 @@ def _matmul(device: Any, dtype: Any, seconds: float) -> tuple[int, list[float]]:
     return size, [2 * size**3 / t for t in _samples(multiply, device, seconds)]
 
 
-def _copy(device: Any, seconds: float) -> tuple[int, list[float]]:
+def _copy(device: torch.device, seconds: float) -> tuple[int, list[float]]:
     """Samples of bytes per second, read and written."""
     import torch
 
@@ -112,7 +117,7 @@ def _copy(device: Any, seconds: float) -> tuple[int, list[float]]:
     return count, [2 * count / t for t in times]
 
 
-def _launch(device: Any, seconds: float) -> list[float]:
+def _launch(device: torch.device, seconds: float) -> list[float]:
     """Samples of microseconds per small operation, many of them queued one after the other."""
     import torch
 
@@ -125,7 +130,7 @@ def _launch(device: Any, seconds: float) -> list[float]:
     return [1e6 * t / LAUNCHES for t in _samples(launch, device, seconds)]
 
 
-def _samples(function: Callable[[], Any], device: Any, seconds: float) -> list[float]:
+def _samples(function: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
     """Time a function for about so long, after half as long again of warming up."""
     end = time.perf_counter() + seconds / 3
     _time(function, device)
@@ -138,7 +143,7 @@ def _samples(function: Callable[[], Any], device: Any, seconds: float) -> list[f
     return samples
 
 
-def _time(function: Callable[[], Any], device: Any) -> float:
+def _time(function: Callable[[], object], device: torch.device) -> float:
     """Seconds, the device idle at both ends."""
     import torch
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Clock(Protocol):
@@ -65,10 +68,10 @@ class CudaClock:
     length.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = None
-        self._events: list[Any] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._events: list[torch.cuda.Event] = []
 
     def reserve(self, slots: int) -> None:
         import torch

@@ -23,9 +23,9 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -41,6 +41,18 @@ from vlm_latency.instrument.kept_cache import KeptCache
 from vlm_latency.models.boundaries import replaced
 from vlm_latency.options import CAPTURED, COMPILED
 
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
+
+    from vlm_latency.models.loading import VLM
+
+T = TypeVar("T")
+Arguments = dict[str, Any]  # keyword arguments of generate() or of one forward
 PROMPT_STEP = 32  # a compiled prefill runs at the next multiple of this many positions
 CACHE_STEP = 64  # a cache that was given no length grows by multiples of this
 FORCE_GQA = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers while a step is compiled
@@ -86,9 +98,9 @@ class Engine:
         Where the engine cannot run this model, with the reason.
     """
 
-    def __init__(self, vlm: Any, name: str = "eager", max_cache_len: int | None = None) -> None:
+    def __init__(self, vlm: VLM, name: str = "eager", max_cache_len: int | None = None) -> None:
         self.name = name
-        self.model = vlm.model
+        self.model: Any = vlm.model
         self.device = torch.device(vlm.device)
         self.parts: dict[str, Part] = {}
         self.compile_s = 0.0
@@ -96,7 +108,7 @@ class Engine:
         self._length = max_cache_len
         self._cache: KeptCache | None = None
         self._installed = False
-        self._inputs: dict[str, Any] = {}
+        self._inputs: Arguments = {}
         self._shapes: dict[str, torch.Size] = {}
         if name == "eager":
             return
@@ -104,7 +116,7 @@ class Engine:
         # One object for all requests: what is compiled is bound to it.
         self._forward = self._filling(vlm.components.language_model.forward)
         self._config = self._compile_config()
-        self._step: Callable[..., Any] | None = None
+        self._step: Callable[..., object] | None = None
         self._vision: list[tuple[nn.Module, Part]] = []
         if name in CAPTURED:
             self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -141,9 +153,7 @@ class Engine:
                     stack.enter_context(replaced(model, name, always(value)))
             yield
 
-    def arguments(
-        self, inputs: dict[str, Any], max_new_tokens: int, stop_at_eos: bool
-    ) -> dict[str, Any]:
+    def arguments(self, inputs: Arguments, max_new_tokens: int, stop_at_eos: bool) -> Arguments:
         """What ``generate()`` is given for a request; outside the timed region."""
         arguments = {**inputs, **GREEDY, "max_new_tokens": max_new_tokens}
         if not stop_at_eos:
@@ -158,13 +168,13 @@ class Engine:
             return {**arguments, "disable_compile": True}
         return {**arguments, "compile_config": self._config}
 
-    def generate(self, arguments: dict[str, Any]) -> Any:
+    def generate(self, arguments: Arguments) -> Any:
         """Run one request, the engine being installed; what is timed."""
         if self._cache is not None:
             self._cache.start()
         return self.model.generate(**arguments)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """What was compiled, how long it took in seconds, and what could not be."""
         return {
             "engine": self.name,
@@ -203,11 +213,13 @@ class Engine:
 
     # Prefill
 
-    def _filling(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _filling(
+        self, original: Callable[..., BaseModelOutputWithPast]
+    ) -> Callable[..., BaseModelOutputWithPast]:
         """The decoder's forward, which fills the kept cache; compiled where the engine says so."""
 
         @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: Any) -> BaseModelOutputWithPast:
             cache = kwargs.get("past_key_values")
             if torch.compiler.is_compiling() or not isinstance(cache, KeptCache):
                 return original(*args, **kwargs)
@@ -228,18 +240,23 @@ class Engine:
 
     def _prefill(
         self,
-        original: Callable[..., Any],
+        original: Callable[..., BaseModelOutputWithPast],
         *,
         inputs_embeds: torch.Tensor,
         past_key_values: KeptCache,
-        attention_mask: Any = None,
+        attention_mask: object = None,
         position_ids: torch.Tensor | None = None,
-        **others: Any,
+        **others: object,
     ) -> BaseModelOutputWithPast:
         if "the prefill" not in self.parts:
 
-            def run(inputs_embeds: Any, position_ids: Any, attention_mask: Any, others: Any) -> Any:
-                output = original(
+            def run(
+                inputs_embeds: torch.Tensor,
+                position_ids: torch.Tensor | None,
+                attention_mask: object,
+                others: Mapping[str, object],
+            ) -> torch.Tensor | None:
+                output: BaseModelOutputWithPast = original(
                     inputs_embeds=inputs_embeds,
                     position_ids=position_ids,
                     attention_mask=attention_mask,
@@ -273,9 +290,9 @@ class Engine:
         self,
         model: Any,
         input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput:
         """Decode in place of ``generate()``'s greedy search, which prepared everything before."""
@@ -312,11 +329,11 @@ class Engine:
         )
 
     @staticmethod
-    def _ended(criteria: list[Any], token: torch.Tensor) -> bool:
+    def _ended(criteria: list[StoppingCriteria], token: torch.Tensor) -> bool:
         """Whether the answer ends here; waits for the device only where it may."""
         return any(bool(one(token, None).all()) for one in criteria)
 
-    def _load(self, inputs: dict[str, Any]) -> None:
+    def _load(self, inputs: Arguments) -> None:
         """Put the first decode step's inputs where the compiled step reads them."""
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
@@ -360,10 +377,10 @@ class Engine:
         config._compile_all_devices = True  # type: ignore[assignment]
         return config
 
-    def _call_step(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_step(self, *args: object, **kwargs: object) -> object:
         """What ``model.get_compiled_call()`` gives: meters put their marks round it."""
         if self.name == "loop":
-            step: Callable[..., Any] = self.parts["the decode step"]
+            step: Callable[..., object] = self.parts["the decode step"]
         else:
             if self._step is None:
                 self._step = torch.compile(self.model.__call__, **self._config.to_dict())
@@ -372,16 +389,16 @@ class Engine:
             return step(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _compile_clock(self) -> Any:
+    def _compile_clock(self) -> Iterator[None]:
         """Add up what PyTorch spends on compiling, tuning and recording graphs."""
         handler = torch._dynamo.callback.callback_handler
         began = 0.0
 
-        def start(_: Any) -> None:
+        def start(_: object) -> None:
             nonlocal began
             began = time.perf_counter()
 
-        def end(_: Any) -> None:
+        def end(_: object) -> None:
             self.compile_s += time.perf_counter() - began
 
         handler.register_start_callback(start)
@@ -393,12 +410,12 @@ class Engine:
             handler.remove_end_callback(end)
 
 
-def always(value: Any) -> Callable[[Any], Any]:
+def always(value: T) -> Callable[[object], T]:
     """What stands in for an attribute, whatever that was."""
     return lambda _: value
 
 
-def check(vlm: Any, name: str) -> None:
+def check(vlm: VLM, name: str) -> None:
     """Refuse an engine that cannot run a model, before anything is measured.
 
     Raises

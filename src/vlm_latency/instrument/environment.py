@@ -17,13 +17,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 import vlm_latency
 from vlm_latency.contents import file_sha256
 from vlm_latency.options import MeasurementOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from vlm_latency.models.interface import ModelArchitecture
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "safetensors")
 ROOT = Path(vlm_latency.__file__).parent
@@ -63,8 +66,8 @@ def environment(
     model: ModelOptions,
     measurement: MeasurementOptions,
     *,
-    architecture: Any,
-    dataset: Mapping[str, Any],
+    architecture: ModelArchitecture,
+    dataset: Mapping[str, object],
     template: str,
 ) -> dict[str, Any]:
     """Record hardware, software and settings of a measurement; nothing is loaded for it.
@@ -114,7 +117,7 @@ def environment(
     }
 
 
-def fingerprint(conditions: Mapping[str, Any]) -> str:
+def fingerprint(conditions: Mapping[str, object]) -> str:
     """Hash what could change a number: 16 hexadecimal digits of SHA-256.
 
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
@@ -134,7 +137,7 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
+def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, Any]:
     from vlm_latency.models import dtype_name, resolve_device, thread_count, weights_kind
 
     kind = weights_kind(options)
@@ -161,7 +164,7 @@ def _model(options: ModelOptions, architecture: Any) -> dict[str, Any]:
     }
 
 
-def _encoder_backend(options: ModelOptions, architecture: Any) -> str | None:
+def _encoder_backend(options: ModelOptions, architecture: ModelArchitecture) -> str | None:
     """Which kernel PyTorch chooses for the encoder's attention, where it is PyTorch's to choose."""
     config = getattr(architecture, "transformers_config", None)
     if config is None or options.attn_implementation != "sdpa":
@@ -212,9 +215,9 @@ def _read_by_a_model(path: Path, folder: Path) -> bool:
     return not hidden and path.suffix.lower() != ".md"
 
 
-def hardware(device: str) -> dict[str, Any]:
+def hardware(device: str) -> dict[str, object]:
     """Say what there is beside the device, and what the device is."""
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "machine": platform.machine(),
         "cpu": _cpu_name(),
         "physical_cores": psutil.cpu_count(logical=False),
@@ -254,9 +257,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def software(device: str) -> dict[str, Any]:
+def software(device: str) -> dict[str, object]:
     """Give versions, of the driver too where there is a GPU."""
-    found: dict[str, Any] = {"os": platform.platform(), "python": platform.python_version()}
+    found: dict[str, object] = {"os": platform.platform(), "python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -279,7 +282,7 @@ def _driver() -> str | None:
         return None
 
 
-def _process() -> dict[str, Any]:
+def _process() -> dict[str, object]:
     """The state of things at the start; it differs every time and is no condition."""
     has_load = hasattr(os, "getloadavg")
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF")
@@ -291,9 +294,9 @@ def _process() -> dict[str, Any]:
 
 
 @cache
-def _commit() -> dict[str, Any]:
+def _commit() -> dict[str, object]:
     """The commit of the checkout this package lies in, and whether files differ from it."""
-    unknown = {"git_commit": None, "git_dirty": None}
+    unknown: dict[str, object] = {"git_commit": None, "git_dirty": None}
     checkout = ROOT.parent.parent
     if not (checkout / ".git").exists():
         return unknown
@@ -313,7 +316,9 @@ def _commit() -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
-def _line(machine: dict[str, Any], versions: dict[str, Any], model: dict[str, Any]) -> str:
+def _line(
+    machine: Mapping[str, object], versions: Mapping[str, object], model: Mapping[str, Any]
+) -> str:
     threads = model["num_threads"]
     cores = f"{threads} of {machine['logical_cores']} cores"
     where = f"{machine['gpu']} beside {cores}" if "gpu" in machine else f"{machine['cpu']}, {cores}"

@@ -8,7 +8,6 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,18 @@ from vlm_latency.instrument.methods import Meter, Reading
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.option_groups import ExplainOptions
 from vlm_latency.options import MeasurementOptions
-from vlm_latency.records import plain_rows
+from vlm_latency.records import Row, plain_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from vlm_latency.models.interface import LoadedModel
+    from vlm_latency.models.requests import Prepared
 
 TRIES = 3  # that saw kernels
 MAX_TRIES = 8
+
+Trace = dict[str, Any]  # in Chrome's format
 
 log = logging.getLogger("vlm_latency")
 
@@ -66,7 +70,7 @@ def explain(
     *,
     template: str = "{question}",
     measurement: MeasurementOptions | None = None,
-) -> tuple[list[dict[str, Any]], list[Profile], dict[str, Any]]:
+) -> tuple[list[Row], list[Profile], Trace]:
     """Run each request without a profiler, many times, and then once under it.
 
     Parameters
@@ -102,8 +106,8 @@ def explain(
     settled = (measurement or MeasurementOptions()).model_copy(update=fixed)
     session = Session(vlm, settled, fetch, template, SessionLog())
     generator = np.random.default_rng(settled.seed)
-    rows: list[dict[str, Any]] = []
-    traces: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    traces: list[Trace] = []
     profiles = []
     with undisturbed(vlm), contextlib.closing(session):
         session.open(asked, asked)
@@ -136,8 +140,8 @@ def explain(
 
 
 def _explained(
-    request: Mapping[str, Any], trace: dict[str, Any], reading: Reading, usual_ms: float
-) -> tuple[Profile, dict[str, Any]]:
+    request: Row, trace: Trace, reading: Reading, usual_ms: float
+) -> tuple[Profile, Trace]:
     """Attribute one trace, and put the components' ranges into it."""
     events = trace["traceEvents"]
     on_device = reading.times["T_total_host"] is not None
@@ -154,13 +158,13 @@ def _explained(
     return profile, {**trace, "traceEvents": [*events, *ranges(events, on_device, name)]}
 
 
-def _host_ms(times: Mapping[str, Any]) -> float:
+def _host_ms(times: Row) -> float:
     """T_total on the host's clock, which is the only one without a device."""
     host = times.get("T_total_host")
     return float(times["T_total"] if host is None else host)
 
 
-def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], Reading]:
+def profiled(meter: Meter, prepared: Prepared, tokens: int) -> tuple[Trace, Reading]:
     """Measure one request under ``torch.profiler``, its boundaries marked in the trace.
 
     It is tried until three tries saw the device's kernels, of which the least disturbed one, the
@@ -211,11 +215,11 @@ def profiled(meter: Meter, prepared: Any, tokens: int) -> tuple[dict[str, Any], 
     return min(seen, key=lambda attempt: attempt[0])[1:]
 
 
-def _categories(trace: Mapping[str, Any]) -> set[str]:
+def _categories(trace: Trace) -> set[str]:
     return {event["cat"] for event in trace["traceEvents"] if "cat" in event}
 
 
-def _chrome_trace(profiler: Any) -> dict[str, Any]:
+def _chrome_trace(profiler: torch.profiler.profile) -> Trace:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

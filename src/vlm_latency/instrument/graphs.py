@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
 from vlm_latency.errors import ModelError
 
@@ -42,7 +42,7 @@ class Part:
     def __init__(
         self,
         name: str,
-        function: Callable[..., Any],
+        function: Callable[..., object],
         device: torch.device,
         *,
         required: bool = False,
@@ -63,13 +63,13 @@ class Part:
         self._dynamic = dynamic
         self._state = state
         self._copy_out = copy_out
-        self._graphs: dict[Any, tuple[Any, list[Any], Any]] = {}
+        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph | None, list[object], Any]] = {}
         options = inductor_options(device) if tuned else None
         self._compiled = torch.compile(
             function, fullgraph=required, backend=BACKEND, options=options
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         if self.left_eager is not None or torch.compiler.is_compiling():
             return self._function(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
@@ -99,7 +99,9 @@ class Part:
         graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, output) if self._copy_out else output
 
-    def _prepared(self, leaves: list[Any], spec: Any) -> tuple[Any, list[Any], Any]:
+    def _prepared(
+        self, leaves: list[object], spec: TreeSpec
+    ) -> tuple[torch.cuda.CUDAGraph | None, list[object], Any]:
         """Compile for these shapes and, on a GPU, capture: (graph or None, its inputs, its output)."""
         log.info("compiling %s", self.name)
         on_gpu = self._device.type == "cuda"
@@ -112,7 +114,7 @@ class Part:
         state = self._state()
         before = [tensor.clone() for tensor in state]
 
-        def run() -> Any:
+        def run() -> object:
             return self._compiled(*args, **kwargs)
 
         try:
@@ -159,13 +161,15 @@ def _no_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-def _leaf_key(leaf: Any) -> Any:
+def _leaf_key(leaf: object) -> object:
     if isinstance(leaf, torch.Tensor):
         return tuple(leaf.shape), leaf.dtype
     return leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)
 
 
-def _check_shapes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _check_shapes(
+    function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
     """Raise where a function reads values of its inputs: its shapes are then not theirs alone."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         args, kwargs = tree_map_only(torch.Tensor, fake.from_tensor, (args, kwargs))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import torch
 
@@ -19,6 +19,9 @@ from vlm_latency.models.boundaries import (
     PROJECTOR,
     boundaries,
 )
+
+if TYPE_CHECKING:
+    from vlm_latency.models.loading import VLM
 
 DELAYED = (ENCODER, PROJECTOR, PREFILL, DECODE)
 STEP = 2  # the decode step that is delayed: of three tokens the last, so that little follows
@@ -99,7 +102,7 @@ def delays(device: torch.device) -> dict[str, Delay]:
 
 @contextlib.contextmanager
 def delayed(
-    vlm: Any, component: str, milliseconds: float, delay: Delay, where: Where = "end"
+    vlm: VLM, component: str, milliseconds: float, delay: Delay, where: Where = "end"
 ) -> Iterator[None]:
     """Delay one component of one request meanwhile, once, at its start or end.
 
@@ -143,7 +146,16 @@ def leads(host: Sequence[Mark], device: Sequence[Mark] | None) -> list[float]:
     ]
 
 
-def regime(marks: Sequence[Mark], lead_ms: Sequence[float], component: str) -> dict[str, Any]:
+class Regime(TypedDict):
+    """How far the host is ahead in a component, and which delays add up there; see `regime`."""
+
+    start_ms: float
+    end_ms: float
+    cases: list[list[Any]]
+    hides_launches: bool
+
+
+def regime(marks: Sequence[Mark], lead_ms: Sequence[float], component: str) -> Regime:
     """Decide which delays add up in a component.
 
     A spin of the host adds its whole length where the device waits for the host (no lead), and
@@ -193,7 +205,7 @@ def regime(marks: Sequence[Mark], lead_ms: Sequence[float], component: str) -> d
 
 
 @contextlib.contextmanager
-def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
+def replayed_encoder(vlm: VLM, run: Callable[[], object]) -> Iterator[bool]:
     """Let the encoder repeat what it returned in ``run()``, without computing it again.
 
     An encoder that works for 70 ms jitters by more than the 0.2 ms that are to be recovered; one
@@ -208,7 +220,7 @@ def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
     if vlm.components.mergers:
         yield False
         return
-    outputs: list[Any] = []
+    outputs: list[object] = []
     handle = encoder.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
         run()
@@ -217,7 +229,7 @@ def replayed_encoder(vlm: Any, run: Callable[[], Any]) -> Iterator[bool]:
     turn = 0
 
     @functools.wraps(encoder.forward)
-    def forward(*_: Any, **__: Any) -> Any:
+    def forward(*_: object, **__: object) -> object:
         nonlocal turn
         turn += 1
         return outputs[(turn - 1) % len(outputs)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from vlm_latency.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class KeptLayer(StaticLayer):
@@ -23,7 +26,7 @@ class KeptLayer(StaticLayer):
     empty = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.empty:
             return super().update(key_states, value_states)
@@ -49,7 +52,7 @@ class KeptCache(StaticCache):
     one's addresses is then recorded again, which is most of a slow first compiled step.
     """
 
-    def __init__(self, config: Any, max_cache_len: int) -> None:
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
         super().__init__(config, max_cache_len)
         kinds = {
             type(layer).__name__ for layer in self.layers if not isinstance(layer, StaticLayer)

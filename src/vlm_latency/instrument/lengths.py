@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import pandas as pd
 from vlm_latency.records import Row
 
 if TYPE_CHECKING:
+    from vlm_latency.models.interface import LoadedModel
     from vlm_latency.models.requests import TokenCounts
 
 ENOUGH_PAIRS = 6  # from six on, a median's interval has two ends
@@ -108,7 +109,7 @@ class Met:
     key_cost: Novelty = field(default_factory=lambda: Novelty(KEY_LENGTH))
 
     @classmethod
-    def of(cls, vlm: Any) -> Met:
+    def of(cls, vlm: LoadedModel) -> Met:
         """What was met with this model; kept on it, since another one has other kernels."""
         met: Met = vars(vlm).setdefault("_met", cls())
         return met

@@ -18,7 +18,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vlm_latency.models.loading import VLM
     from vlm_latency.models.requests import Prepared
 
+T = TypeVar("T")
 DECODE, OTHER = "T_LLM_decode", "T_other"
 VISION_MARKS = 256  # slots for boundaries of the vision part; further ones are made on demand
 
@@ -187,7 +188,7 @@ class Meter:
             elapsed, output = self._timed(lambda: self.engine.generate(arguments))
         return elapsed, self._tokens(output, prepared, max_new_tokens, stop_at_eos)
 
-    def _timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+    def _timed(self, function: Callable[[], T]) -> tuple[float, T]:
         with self._attending(), quiet(self.device):
             start = time.perf_counter_ns()
             result = function()
@@ -245,7 +246,7 @@ class Meter:
         """Note how many positions the decoder is given first, behind all hooks of the model's own."""
         self._prefill_length: int | None = None
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: Row) -> None:
+        def note(_: nn.Module, args: tuple[object, ...], kwargs: Row) -> None:
             if torch.compiler.is_compiling():
                 return
             handle.remove()  # decode steps go without
@@ -365,12 +366,14 @@ class SubtractionMeter(Meter):
             prefill_length=self._prefill_length,
         )
 
-    def _time_image_features(self, inputs: Row) -> tuple[float, list[Any]]:
+    def _time_image_features(
+        self, inputs: Row
+    ) -> tuple[float, list[tuple[tuple[object, ...], Row]]]:
         """Time ``get_image_features`` and note what the encoder was called with."""
         function = self.model.base_model.get_image_features
         known = inspect.signature(function).parameters
         arguments = {name: value for name, value in inputs.items() if name in known}
-        calls: list[Any] = []
+        calls: list[tuple[tuple[object, ...], Row]] = []
         handle = self.vlm.components.vision_encoder.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )

@@ -6,9 +6,12 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vlm_latency.records import Row
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import resource
@@ -102,7 +105,7 @@ def _switches() -> int | None:
     return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def _since(before: Any, now: Any) -> Any:
+def _since(before: float | None, now: float | None) -> float | None:
     return None if before is None or now is None else now - before
 
 
@@ -113,7 +116,7 @@ class GpuProbe:
     sample. Without an NVIDIA GPU all values are None.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device | str) -> None:
         self._handle = _nvml_handle(device)
         self._last = dict.fromkeys(
             ("sm_clock_mhz", "gpu_temperature_c", "gpu_power_w", "throttle_reasons")
@@ -153,7 +156,7 @@ def _reasons(bits: int) -> str:
     return ",".join(name for bit, name in THROTTLE_REASONS.items() if bits & bit)
 
 
-def _nvml_handle(device: Any) -> Any:
+def _nvml_handle(device: torch.device | str) -> object:
     """Find the GPU by its UUID: NVML's numbers know nothing of CUDA_VISIBLE_DEVICES."""
     if getattr(device, "type", None) != "cuda":
         return None

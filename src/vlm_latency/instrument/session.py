@@ -30,6 +30,7 @@ from vlm_latency.records import CARRIED_COLUMNS, COUNTED_COLUMNS, Row
 
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel, Meter
+    from vlm_latency.models.loading import VLM
     from vlm_latency.models.requests import Prepared, TokenCounts
 
 IMAGE_CACHE_BYTES = 128 * 2**20
@@ -69,9 +70,9 @@ class SessionLog:
     measured_s: float = 0.0
     preprocess_s: float = 0.0
     fetch_s: float = 0.0
-    warmup: list[dict[str, Any]] = field(default_factory=list)
+    warmup: list[Row] = field(default_factory=list)
     lengths: dict[str, Any] = field(default_factory=dict)
-    engine: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, object] = field(default_factory=dict)
 
     @property
     def harness_ratio(self) -> float | None:
@@ -84,7 +85,7 @@ class SessionLog:
         """Share of the wall time that was spent warming up."""
         return self.warmup_s / self.wall_s if self.wall_s else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Give everything as JSON-able data, both ratios included."""
         return {
             **vars(self),
@@ -136,7 +137,7 @@ class Session:
         engine = self.vlm.options.engine
         length = None if self._grows else self._cache_length(planned)
 
-        def make(vlm: Any) -> Meter:
+        def make(vlm: VLM) -> Meter:
             from vlm_latency.instrument.methods import make_meter
 
             return make_meter(vlm, self.options.method, engine, length, self.options.nvtx)
@@ -328,7 +329,7 @@ class Session:
 
 def cached(fetch: Fetch) -> Fetch:
     """Keep the bytes of recent images: repeats and questions about one image fetch it once."""
-    kept: LRUCache[tuple[Any, Any], bytes] = LRUCache(IMAGE_CACHE_BYTES, getsizeof=len)
+    kept: LRUCache[tuple[object, object], bytes] = LRUCache(IMAGE_CACHE_BYTES, getsizeof=len)
 
     def fetched(request: Row) -> bytes:
         key = (request.get("image_path"), request.get("image_recipe"))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm_latency.errors import ModelError
 from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
@@ -263,7 +263,7 @@ class WarmUp:
 
         A request whose tokens are reduced is one of its own: what is left of it is seen by running.
         """
-        largest: dict[Any, tuple[int, Row]] = {}
+        largest: dict[object, tuple[int, Row]] = {}
         for row in rows:
             counts = self._image_counts(row)
             size = counts.num_vision_patches

@@ -9,13 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from vlm_latency.instrument.methods import Meter, Reading
 from vlm_latency.instrument.session import Session
+
+if TYPE_CHECKING:
+    from vlm_latency.models.loading import VLM
+    from vlm_latency.models.requests import Prepared
+    from vlm_latency.statistics import Estimate
 
 AA_TOKENS = 8  # length of the text-only prompt of the A/A comparisons
 ROUNDS_PER_LOOK = 5  # between two looks at whether the interval is narrow enough
@@ -40,14 +45,14 @@ class Bench:
     """
 
     session: Session
-    prepared: Any
+    prepared: Prepared
     generator: np.random.Generator
     seconds: float
 
     @property
-    def vlm(self) -> Any:
+    def vlm(self) -> VLM:
         """The model under test."""
-        return self.session.vlm
+        return cast("VLM", self.session.vlm)  # one that is simulated has nothing to prove
 
     @property
     def meter(self) -> Meter:
@@ -55,16 +60,19 @@ class Bench:
         meter: Meter = self.session.meter
         return meter
 
-    def run(self, tokens: int, prepared: Any = None) -> Reading:
+    def run(self, tokens: int, prepared: Prepared | None = None) -> Reading:
         """Measure the request, or another one, and collect garbage afterwards."""
         reading = self.meter(self.prepared if prepared is None else prepared, tokens)
         gc.collect(1)
         return reading
 
-    def text_only(self) -> Any:
+    def text_only(self) -> Prepared:
         """Give the end of the prompt without its image: the cheapest request that is a real one."""
         ids = self.prepared.inputs["input_ids"][:, -AA_TOKENS:]
-        return SimpleNamespace(inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return cast(
+            "Prepared",
+            SimpleNamespace(inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
+        )
 
     def rounds(
         self,
@@ -97,14 +105,14 @@ class Bench:
             index += 1
 
 
-def half_width(estimate: Any) -> float:
+def half_width(estimate: Estimate) -> float:
     """Half the length of an estimate's interval; infinite where an end is not known."""
     if estimate.low is None or estimate.high is None:
         return math.inf
     return float(estimate.high - estimate.low) / 2
 
 
-def rounds_needed(estimate: Any, wanted: float) -> int | None:
+def rounds_needed(estimate: Estimate, wanted: float) -> int | None:
     """Estimate from how many rounds on the half-width would be ``wanted``: it falls as 1 / √n.
 
     >>> from types import SimpleNamespace

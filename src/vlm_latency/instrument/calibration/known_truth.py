@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_n
 from vlm_latency.instrument.injection import (
     DELAYED,
     Delay,
+    Regime,
     Where,
     delayed,
     delays,
@@ -24,6 +24,7 @@ from vlm_latency.instrument.injection import (
 from vlm_latency.instrument.methods import OTHER
 from vlm_latency.instrument.noise import NoiseProbe
 from vlm_latency.option_groups import CalibrationOptions
+from vlm_latency.records import Row
 from vlm_latency.statistics import Estimate, percentile
 
 TOLERANCE_SHARE, TOLERANCE_MS = 0.01, 0.2  # of an injected delay; the larger one counts
@@ -53,7 +54,7 @@ class Case:
         return (*DELAYED[DELAYED.index(self.component) + 1 :], OTHER)
 
 
-def known_truth(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
+def known_truth(bench: Bench, options: CalibrationOptions) -> dict[str, object]:
     """Inject delays into each component and see how much every component grew.
 
     A spin of the host is injected where the device waits for the host, a sleep of the device where
@@ -104,7 +105,7 @@ def known_truth(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     }
 
 
-def _regimes(bench: Bench) -> dict[str, dict[str, Any]]:
+def _regimes(bench: Bench) -> dict[str, Regime]:
     """Ask some plain runs how far ahead the host is; the medians decide."""
     timeline = bench.meter.timeline
     seen = []
@@ -118,8 +119,8 @@ def _regimes(bench: Bench) -> dict[str, dict[str, Any]]:
 
 def _pairs(
     bench: Bench, options: CalibrationOptions, cases: list[Case], known: Mapping[str, Delay]
-) -> dict[Case, list[dict[str, Any]]]:
-    rows: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+) -> dict[Case, list[Row]]:
+    rows: dict[Case, list[Row]] = {case: [] for case in cases}
 
     def narrow() -> bool:
         return all(half_width(_error(own)) <= case.tolerance_ms / 2 for case, own in rows.items())
@@ -138,9 +139,9 @@ def _pairs(
     return rows
 
 
-def _injected(bench: Bench, case: Case, delay: Delay) -> dict[str, Any]:
+def _injected(bench: Bench, case: Case, delay: Delay) -> Row:
     """One injected run with a plain one beside it, in random order."""
-    readings: dict[bool, dict[str, Any]] = {}
+    readings: dict[bool, Row] = {}
     for injected in bench.generator.permutation([True, False]):
         if injected:
             with delayed(bench.vlm, case.component, case.delay_ms, delay, case.where):
@@ -160,11 +161,11 @@ def _injected(bench: Bench, case: Case, delay: Delay) -> dict[str, Any]:
     }
 
 
-def _error(rows: list[dict[str, Any]]) -> Estimate:
+def _error(rows: list[Row]) -> Estimate:
     return percentile([row["recovered_ms"] - row["injected_ms"] for row in rows], 50)
 
 
-def judge(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def judge(case: Case, rows: list[Row]) -> dict[str, object]:
     """Say whether a delay came back, by the intervals of medians over its pairs.
 
     Returns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,9 @@ from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_n
 from vlm_latency.instrument.methods import METERS, OTHER, Reading, make_meter
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.option_groups import CalibrationOptions
+from vlm_latency.records import Row
 from vlm_latency.statistics import (
+    Comparison,
     a_a_false_alarms,
     compare_paired,
     percentile,
@@ -23,7 +24,7 @@ CLAMPED = ("T_projector", "T_LLM_prefill", "T_LLM_decode")
 _PARTS = ("T_vision_total", "T_LLM_prefill", "T_LLM_decode")
 
 
-def overhead(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
+def overhead(bench: Bench, options: CalibrationOptions) -> dict[str, object]:
     """Compare instrumented with bare ``generate()``, and bare with bare, interleaved.
 
     Pairs go on until both intervals have a half-width of ``options.half_width``, or
@@ -39,7 +40,7 @@ def overhead(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     times: dict[str, list[float]] = {"instrumented": [], "bare": [], "again": []}
     other = []
 
-    def compared() -> list[Any]:
+    def compared() -> list[Comparison]:
         return [compare_paired(times["bare"], times[kind]) for kind in ("instrumented", "again")]
 
     def narrow() -> bool:
@@ -70,7 +71,7 @@ def overhead(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     }
 
 
-def false_alarms(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
+def false_alarms(bench: Bench, options: CalibrationOptions) -> dict[str, object]:
     """Compare a configuration with itself many times, through the project's own comparison.
 
     Every comparison has runs of its own: ``aa_pairs`` pairs of the cheapest request there is,
@@ -85,7 +86,7 @@ def false_alarms(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     """
     prepared, pairs = bench.text_only(), options.aa_pairs
     bench.run(1, prepared)  # a length of its own
-    blocks: list[Any] = []
+    blocks: list[np.ndarray] = []
     for _ in bench.rounds(1, options.aa_comparisons, seconds=options.aa_seconds):
         times = [bench.run(1, prepared).times["T_total"] for _ in range(2 * pairs)]
         blocks.append(bench.generator.permuted(np.reshape(times, (pairs, 2)), axis=1).T)
@@ -98,7 +99,7 @@ def false_alarms(bench: Bench, options: CalibrationOptions) -> dict[str, Any]:
     }
 
 
-def methods(bench: Bench, requests: list[dict[str, Any]]) -> dict[str, Any]:
+def methods(bench: Bench, requests: list[Row]) -> dict[str, object]:
     """Measure the same requests by every method and by bare ``generate()``, in random order.
 
     Returns
@@ -151,7 +152,7 @@ def methods(bench: Bench, requests: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def below_zero(rows: list[dict[str, Any]]) -> dict[str, float]:
+def below_zero(rows: list[Row]) -> dict[str, float]:
     """Give by component the share of requests that came out at or below zero before clamping."""
     shares = {}
     for name in CLAMPED:
@@ -162,7 +163,7 @@ def below_zero(rows: list[dict[str, Any]]) -> dict[str, float]:
     return shares
 
 
-def closure(row: dict[str, Any]) -> float:
+def closure(row: Row) -> float:
     """Give the parts' sum less T_total, milliseconds; a one-pass timeline has T_other as a part."""
     one_pass = row["decode_step_ms"] is not None
     vision = row["T_vision_total"]
@@ -172,9 +173,7 @@ def closure(row: dict[str, Any]) -> float:
     return float(parts - row["T_total"])
 
 
-def _differences(
-    rows: list[dict[str, Any]], reference: list[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def _differences(rows: list[Row], reference: list[Row]) -> dict[str, dict[str, object]]:
     """Median difference per component, of the same requests."""
     differences = {}
     for name in ("T_total", "T_vision_encoder", "T_projector", *_PARTS):

@@ -23,7 +23,7 @@ from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturb
 from vlm_latency.models import thread_count
 from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.options import MeasurementOptions
-from vlm_latency.records import plain_rows
+from vlm_latency.records import Row, plain_rows
 from vlm_latency.vqa.images import noise_recipe
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def calibrate(
     *,
     template: str = "{question}",
     measurement: MeasurementOptions | None = None,
-    known_ceilings: Mapping[str, Any] | None = None,
+    known_ceilings: Mapping[str, object] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Prove the instrument on a loaded model.
@@ -83,7 +83,7 @@ def calibrate(
     session = Session(vlm, settled, fetch, template, SessionLog())
     found: dict[str, Any] = {"seconds": {}, "runs": {}, "clock": resolution_ns()}
 
-    def prove(name: str, proof: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def prove(name: str, proof: Callable[[], dict[str, object]]) -> dict[str, object]:
         log.info("calibration: %s", name.replace("_", " "))
         start = time.perf_counter()
         result = proof()
@@ -127,7 +127,7 @@ def calibrate(
     return {**found, "verdict": verdict(found)}
 
 
-def _warmed(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _warmed(session: Session, rows: list[Row]) -> dict[str, object]:
     """Open the session, which warms up for these requests, and say what that took."""
     session.open(rows, rows)
     shapes = session.log.warmup
@@ -138,7 +138,7 @@ def _warmed(session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _noise_request(architecture: ModelArchitecture, options: CalibrationOptions) -> dict[str, Any]:
+def _noise_request(architecture: ModelArchitecture, options: CalibrationOptions) -> Row:
     """One request whose image makes exactly the tiling that is asked for."""
     width, height = architecture.image_size_for(*options.tiling)
     return {

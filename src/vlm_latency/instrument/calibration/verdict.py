@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Found = Mapping[str, Any]  # what one proof found, as JSON has it
 TARGET_OVERHEAD = {True: 1.05, False: 1.01}  # of requests shorter and longer than LONG_MS
 LONG_MS = 500.0
 VISIBLE = 0.02  # differences above this should not go unseen
 STATES = ("recovered", "disturbed", "undecided", "missed")
 
 
-def verdict(found: Mapping[str, Any]) -> list[str]:
+def verdict(found: Found) -> list[str]:
     """Say how far the numbers can be trusted, given what ``calibrate`` found.
 
     Every judgement is one of an interval: what the interval leaves open is called open, with the
@@ -29,7 +30,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _noise(null: Mapping[str, Any]) -> str:
+def _noise(null: Found) -> str:
     """What cannot be seen, and what to do about it where that is much."""
     ratio, pairs = null["ratio"], null["n_pairs"]
     unseen = max(ratio["high"] - 1, 1 - ratio["low"])
@@ -43,7 +44,7 @@ def _noise(null: Mapping[str, Any]) -> str:
     return said
 
 
-def _overhead(overhead: Mapping[str, Any]) -> str:
+def _overhead(overhead: Found) -> str:
     ratio = overhead["ratio"]
     target = TARGET_OVERHEAD[overhead["baseline_mean"] < LONG_MS]
     said = f"measuring takes {_shown(ratio, '.3f')} times as long as a bare generate()"
@@ -60,7 +61,7 @@ def _overhead(overhead: Mapping[str, Any]) -> str:
     )
 
 
-def _needed(comparison: Mapping[str, Any]) -> str:
+def _needed(comparison: Found) -> str:
     """Say how many pairs would give the interval that was wanted, where that is known to be more."""
     needed = comparison["pairs_needed"]
     if needed is None or needed <= comparison["n_pairs"]:
@@ -68,7 +69,7 @@ def _needed(comparison: Mapping[str, Any]) -> str:
     return f"about {_about(needed)} for ± {comparison['half_width_wanted']:.1%}"
 
 
-def _truth(cases: Sequence[Mapping[str, Any]]) -> str:
+def _truth(cases: Sequence[Found]) -> str:
     which = {state: [case for case in cases if case["state"] == state] for state in STATES}
     back = which["recovered"] + which["disturbed"]
     clean = sum(bool(case["clean"]) for case in back)
@@ -95,7 +96,7 @@ def _truth(cases: Sequence[Mapping[str, Any]]) -> str:
     return said
 
 
-def _names(cases: Sequence[Mapping[str, Any]]) -> str:
+def _names(cases: Sequence[Found]) -> str:
     return ", ".join(
         f"{case['component']} {case['delay_ms']:g} ms"
         + (" (device)" if case["kind"] == "device" else "")
@@ -103,7 +104,7 @@ def _names(cases: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _alarms(alarms: Mapping[str, Any]) -> str:
+def _alarms(alarms: Found) -> str:
     share, nominal = alarms["share"], alarms["nominal"]
     said = (
         f"{alarms['alarms']} of {alarms['n_comparisons']} comparisons of a configuration with "
@@ -119,7 +120,7 @@ def _alarms(alarms: Mapping[str, Any]) -> str:
     return said
 
 
-def _method(name: str, about: Mapping[str, Any]) -> str:
+def _method(name: str, about: Found) -> str:
     below = {part: share for part, share in about["below_zero"].items() if share}
     parts = ", ".join(f"{part} in {share:.0%}" for part, share in below.items()) or "never"
     closure = about["closure_ms"]["value"]
@@ -130,7 +131,7 @@ def _method(name: str, about: Mapping[str, Any]) -> str:
     )
 
 
-def _warmup(warm: Mapping[str, Any]) -> str:
+def _warmup(warm: Found) -> str:
     if not warm["plateau"]:
         return f"no plateau within {warm['runs']} runs: the machine is not steady"
     return f"warm after {warm['runs']} runs"
@@ -145,7 +146,7 @@ def _about(pairs: int) -> int:
     return round(pairs, 2 - len(str(pairs)))
 
 
-def _shown(estimate: Mapping[str, Any], spec: str) -> str:
+def _shown(estimate: Found, spec: str) -> str:
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
     if low is None or high is None:
         return f"{value:{spec}} (no interval)"
