@@ -158,7 +158,8 @@ def test_figures_are_embedded_at_modest_size(page):
 def test_environment_tells_what_differs(page):
     text = Reader(page).text
     assert (
-        "Not everything was the same in all experiments: exp1 exp3 calibration process.load" in text
+        "Not everything was the same in all experiments: Condition exp1 exp3 calibration "
+        "process.load" in text
     )
     assert "hardware.cpu Made-up CPU" in text
     assert "at commit 0123abc" in text
