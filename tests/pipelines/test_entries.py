@@ -40,3 +40,14 @@ def test_a_number_that_disturbed_runs_move_is_named() -> None:
     same = _runs([*steady, 10.02], [None] * 40 + ["slow host"])
     found = results.disturbance(same, "the mean", _mean)
     assert found is not None and not found.moved
+
+
+def test_each_question_is_judged_once_however_often_it_is_run() -> None:
+    runs = [("a", 0, "yes"), ("a", 1, "no"), ("b", 0, "no"), ("b", 1, "no")]
+    rows = pd.DataFrame(runs, columns=["request_id", "run_index", "generated_text"])
+    requests = pd.DataFrame({"request_id": ["a", "b"], "answers": ['["yes"]', '["yes"]']})
+    found = results.accuracy(
+        rows.assign(output_length="natural"), requests, {"model": {"weights": "pretrained"}}
+    )
+    assert isinstance(found, Estimate)
+    assert found.n == 2
