@@ -371,6 +371,6 @@ def measured_in(
         },
         "reported": {
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{name: environment[name] for name in ("code", "process")},
+            **{name: environment.get(name) for name in ("code", "process")},
         },
     }
