@@ -255,13 +255,13 @@ def test_warming_up_is_shown_and_has_no_part_in_the_rate(
             super().say(text)
             self.refresh()
 
-    class Noted(protocol._Progress):
+    class Noted(protocol.Progress):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             bars.append(len(vlm.calls))
 
     monkeypatch.setattr(protocol, "_WarmingUp", Slow)
-    monkeypatch.setattr(protocol, "_Progress", Noted)
+    monkeypatch.setattr(protocol, "Progress", Noted)
     list(measure(vlm, requests(range(1, 31)), options, fetch=picture))
     shown = capsys.readouterr().err
     assert "compiling the decode step" in shown

@@ -199,7 +199,7 @@ def test_variants_are_measured_in_turn_and_compared(
     assert (result["baseline"], result["runs"]) == ("same", ["also", "slow"])
     assert result["verdicts"]["slow"] == "SLOWER" and result["verdicts"]["also"] != "SLOWER"
     difference = result["differences"]["slow"]["T_total"]
-    assert difference["low"] <= 30 <= difference["high"] + 5  # a sleep may last longer
+    assert difference["low"] <= 35 and difference["high"] >= 25  # a sleep may last longer
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "20 pairs of runs, made in turn" in page
 

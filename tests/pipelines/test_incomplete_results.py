@@ -59,11 +59,11 @@ def test_failed_and_missing_runs_are_counted_and_never_averaged(
 
     journal = next((tmp_path / "out" / "exp1" / "journal").glob("*.jsonl"))
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:7]))  # as if it had been killed after six runs
+    journal.write_bytes(b"".join(lines[:8]))  # as if it had been killed after six runs
     part = exp1(len(dataset), allow_partial=True)
     assert part["coverage"]["partial"] is True
     assert part["coverage"]["missing"] == 6
     assert (
         part["statistics"]["T_total"]["n"] == part["coverage"]["measured"] == len(part["results"])
     )
-    assert len(journal.read_bytes().splitlines()) == 7  # nothing more was measured
+    assert len(journal.read_bytes().splitlines()) == 8  # nothing more was measured

@@ -180,9 +180,9 @@ def test_refused_datasets(tmp_path: Path) -> None:
     (tmp_path / "csv" / "validation.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match="stored as csv; expected parquet"):
         read(tmp_path / "csv")
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="not in the local cache"):
         read(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="cannot be opened"):  # the tests are offline
+    with pytest.raises(DataError, match="not in the local cache"):  # the tests are offline
         open_source(source="hub", image_cache=tmp_path)
 
 

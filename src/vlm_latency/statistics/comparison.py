@@ -145,7 +145,7 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, level: float = 
     Examples
     --------
     >>> print(paired_difference([10.0, 12.0, 11.0], [30.0, 32.1, 31.2]))
-    20.11 (19.83 to 20.4)
+    20.12 (19.9 to 20.34)
     """
     before, after = as_pairs(("baseline", "candidate"), baseline, candidate)
     if min(before.min(), after.min()) > 0:
