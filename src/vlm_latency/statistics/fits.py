@@ -400,7 +400,7 @@ def _solve(
     if groups > k:
         covariance, method, leverage = _covariance(Z, residual, inverse, codes, groups)
     if covariance is not None:
-        covariance = covariance / np.outer(scale, scale)
+        covariance = covariance / scale[:, None] / scale  # the product may overflow
     if leverage is not None:
         leverage = leverage[0], leverage[1] / scale[:, None]
     return Solution(
