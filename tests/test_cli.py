@@ -476,3 +476,14 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     hub.reachable.cache_clear()
     assert "nobody/nothing" in told and "http://127.0.0.1:9 does not answer" in told
     assert constants.HF_HUB_OFFLINE  # what comes next is not asked five times either
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/study.md"])
+def test_a_page_names_files_that_are_there(page: str) -> None:
+    """Links, and what the shell blocks copy."""
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    copied = re.findall(r"\bcp (\S+)", text)
+    folder = (PROJECT / page).parent
+    assert [name for name in links if not (folder / name).exists()] == []
+    assert [name for name in copied if not (PROJECT / name).exists()] == []

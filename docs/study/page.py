@@ -8,6 +8,7 @@ from pathlib import Path
 import evidence as ev
 from evidence import StudyRun
 
+from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.plots.notation import ends, interval, number
 from vlm_latency.statistics import Estimate
@@ -112,7 +113,7 @@ def surprises(runs: list[StudyRun]) -> str:
     """What one would not have expected, each where its data are there."""
     heads: dict[str, Callable[[StudyRun], str | None]] = {
         "Attention is planned anew for every new length": _new_lengths,
-        "Short prefills cost what launching costs": _floor,
+        "Up to some number of vision tokens one more costs nothing": _floor,
         "The device waits": lambda run: run.statistics("explain", "finding"),
         f"Preprocessing takes a good part of the time to first token (ratio, images of {ev.SIZE})": (
             lambda run: interval(ratio) if (ratio := ev.preprocessing_ratio(run)) else None
@@ -298,11 +299,13 @@ def seeds(runs: list[StudyRun]) -> str:
 
 
 def repeated(runs: list[StudyRun]) -> str:
-    rows = []
+    rows, changed = [], []
     for again in (run for run in runs if run.again):
         first = next((run for run in runs if run.kind == again.kind and not run.again), None)
         if first is None:
             continue
+        if first.environment["code"]["sha256"] != again.environment["code"]["sha256"]:
+            changed.append(f"{first.label}: this project's code changed between the two runs.")
         for name, title in ev.PARTS.items():
             one, two = ev.headline(first)[name], ev.headline(again)[name]
             if one and two:
@@ -318,7 +321,7 @@ def repeated(runs: list[StudyRun]) -> str:
                     ]
                 )
     head = ["model, engine", "number", "first", "again", "again / first", "intervals overlap"]
-    return table(head, rows) if rows else ""
+    return "\n\n".join([table(head, rows), *changed]) if rows else ""
 
 
 def limits(runs: list[StudyRun]) -> list[str]:
@@ -331,7 +334,7 @@ def limits(runs: list[StudyRun]) -> list[str]:
             absent.append(f"{title} was not measured")
         elif all(run.model["engine"] == "eager" for run in own):
             absent.append(f"{title} was measured eager only")
-    for name in ("exp6", "explain", "calibration"):
+    for name in (*EXPERIMENTS, "explain", "calibration"):
         without = [run.label for run in first if name not in run.results]
         if without:
             absent.append(f"{name} was not run on {'; '.join(without)}")
@@ -340,10 +343,18 @@ def limits(runs: list[StudyRun]) -> list[str]:
         "protocol=seed was not run": lambda run: run.seed,
     }
     absent += [text for text, test in tests.items() if not any(map(test, runs))]
-    devices = {run.environment["hardware"].get("gpu") for run in runs}
-    absent.append(f"one kind of device was measured, {devices.pop()}") if len(
-        devices
-    ) == 1 else None
+    cards = {run.environment["hardware"].get("gpu") for run in runs}
+    if len(cards) == 1:
+        absent.append(f"one kind of device was measured, {cards.pop()}")
+    hosts = {run.environment["hardware"].get("physical_cores") for run in first}
+    if len(hosts) > 1:
+        told = _listed(
+            f"{run.label}: {run.environment['hardware']['physical_cores']} cores" for run in first
+        )
+        absent.append(
+            f"hosts differ ({told}): "
+            "preprocessing and whatever launches bound are not comparable between them"
+        )
     return absent
 
 
@@ -389,8 +400,9 @@ def study_page(runs: list[StudyRun], base: Path) -> str:
     }
     text = (
         "# Where does the time of a vision-language model's request go, and do FLOPs predict it?\n\n"
-        "Written by `python docs/study` from [what was measured](study/README.md); `tests/test_study.py` computes every "
-        "number again. `[a, b]` is a 95 % interval, `?` an end that so few runs do not bound.\n"
+        "Written by `python docs/study` from [what was measured](study/README.md). `tests/test_study.py` writes it again and\n"
+        "computes the headline numbers by other code; verdicts and fits are those of the published results.\n"
+        "`[a, b]` is a 95 % interval, `?` an end that so few runs do not bound.\n"
     )
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
 
