@@ -9,6 +9,7 @@ few values know nothing, are shown with the share of intervals that carried a wa
 from __future__ import annotations
 
 import argparse
+import time
 from datetime import date
 from pathlib import Path
 
@@ -20,15 +21,19 @@ from verdicts import judge_claims
 def main() -> None:
     """Simulate the table and write it."""
     parser = argparse.ArgumentParser(description="Simulate how often the intervals hold the truth.")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of samples")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of the number of samples; 0.1 for a trial"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/coverage.md"))
     asked = parser.parse_args()
-    rows = []
+    begin, rows = time.monotonic(), []
     for cell in cells():
         rows.append(simulate(cell, asked.scale))
         print(f"{cell.statistic} | {cell.data} | {cell.n}: {100 * rows[-1].held:.1f} %", flush=True)
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    text = page(rows, judge_claims(asked.scale), date.today(), asked.scale)
+    verdicts = judge_claims(asked.scale)
+    minutes = (time.monotonic() - begin) / 60
+    text = page(rows, verdicts, date.today(), asked.scale, minutes)
     asked.output.write_text(text, encoding="utf-8")
     print(f"written: {asked.output}")
 

@@ -10,6 +10,7 @@ from itertools import count
 import numpy as np
 import pandas as pd
 import scipy
+from further import further
 from simulated import (
     CROPS,
     DATA,
@@ -40,6 +41,7 @@ def cells() -> Iterator[Cell]:
     yield from _of_comparisons()
     yield from _of_shares()
     yield from _of_predictions()
+    yield from further()
 
 
 def _of_means() -> Iterator[Cell]:
@@ -323,6 +325,26 @@ def _of_shares() -> Iterator[Cell]:
                 200, exact=variance > 0,
             )  # fmt: skip
 
+    for n, repeats in ((80, 16), (300, 60)):
+        draws = count()
+        yield Cell(
+            "share of the tail in the content", "requests with noise", f"{n} + {repeats}",
+            _tail_content(noise),
+            lambda _, n=n, repeats=repeats, draw=draws: _budget(
+                n, repeats, noise, next(draw)
+            ).tail_content,
+            200,
+        )  # fmt: skip
+
+
+@cache
+def _tail_content(noise: float) -> float:
+    """Return the share of the tail of very many requests."""
+    many = requests_of_exp1(np.random.default_rng(SEED), 100_000, 10_000, noise)
+    found = st.variance_budget(many).tail_content.value
+    assert found is not None
+    return found
+
 
 @cache
 def _budget(n: int, repeats: int, noise: float, draw: int) -> st.VarianceBudget:
@@ -352,6 +374,12 @@ def _of_predictions() -> Iterator[Cell]:
                 ).mape[name],
                 300, exact=shapes > 8,
             )  # fmt: skip
+        draws = count()
+        yield Cell(
+            "median held-out error", "lognormal 0.03", f"{shapes} shapes", math.nan,
+            lambda _, shapes=shapes, draw=draws: validated(shapes, next(draw)).median_error["costs"],
+            20,
+        )  # fmt: skip
         draws = count()
         yield Cell(
             "ratio of two held-out errors", "lognormal 0.03", f"{shapes} shapes",

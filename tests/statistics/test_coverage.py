@@ -5,10 +5,12 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "coverage"))
 from cells import cells
+from public import COVERED, public_intervals
 from table import Cell, Row, page, simulate
 from verdicts import judge_claims
 
@@ -27,6 +29,25 @@ def test_claims_are_judged_right_at_the_default_size() -> None:
     assert (verdicts["opposite"] <= 0.1).all()  # 5 % of 50, by chance
     cannot = ["tail: P99 / P50 = 1.1"]
     assert (verdicts.drop(index=cannot)["right"] >= 0.7).all()
+
+
+def test_every_public_interval_has_its_cells_and_every_cell_its_interval() -> None:
+    assert set(COVERED) == public_intervals()
+    simulated = {cell.statistic.removesuffix(", over images") for cell in cells()}
+    assert set(COVERED.values()) <= simulated
+    doc = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
+    shown = {line.split(" | ")[0].removeprefix("| ") for line in doc.splitlines() if "|" in line}
+    assert {cell.statistic for cell in cells()} <= shown
+
+
+def test_a_summary_has_the_intervals_of_its_parts() -> None:
+    values = np.exp(np.random.default_rng(0).normal(3, 0.3, 60))
+    images = np.arange(60) % 20
+    found = st.summary(values, images)
+    assert found.mean == st.mean_estimate(values, images)
+    for q in (50, 95, 99):
+        assert getattr(found, f"P{q}") == st.percentile(values, q, clusters=images)
+    assert found.tail_ratio == st.tail_ratio(values, clusters=images)
 
 
 def test_an_interval_that_does_not_hold_is_outside() -> None:
