@@ -10,6 +10,12 @@
     a measurement that stopped, is incomplete, or must not be mixed with another.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """What the command line prints without a traceback."""
@@ -25,3 +31,30 @@ class ModelError(UserError):
 
 class MeasurementError(UserError):
     """A measurement stopped, is incomplete, or must not be mixed with another."""
+
+
+@contextmanager
+def blaming(path: Path | str, expected: str, kind: type[UserError] = DataError) -> Iterator[None]:
+    """Turn whatever a user's file makes its reader raise into one sentence about the file.
+
+    Parameters
+    ----------
+    path
+        The file, or what else was read.
+    expected
+        What it should have been, and where that comes from.
+    kind
+        Which error to raise.
+
+    Raises
+    ------
+    UserError
+        Of the given kind; one that the reader raised itself goes through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # bytes, types and numbers of any kind make a reader raise any kind
+        text = " ".join(str(error).split())[:200]
+        raise kind(f"{path} is not {expected}: {type(error).__name__}: {text}") from error

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pandas as pd
 
-from vlm_latency.errors import MeasurementError
+from vlm_latency.errors import MeasurementError, blaming
 from vlm_latency.locks import take
 from vlm_latency.records import MEASURED_COLUMNS, SCHEMA_VERSION, typed
 
@@ -97,7 +97,8 @@ class Journal:
         path = self.path(fingerprint)
         self.check(fingerprint)
         runs = (line for line in _lines(path, fingerprint) if _SESSION not in line)
-        frames = [typed(pd.DataFrame(rows), MEASURED_COLUMNS) for rows in _packs(runs)]
+        with blaming(path, "a journal that 'kedro run' wrote", MeasurementError):
+            frames = [typed(pd.DataFrame(rows), MEASURED_COLUMNS) for rows in _packs(runs)]
         if not frames:
             return typed(pd.DataFrame(), MEASURED_COLUMNS)
         table = pd.concat(frames, ignore_index=True)

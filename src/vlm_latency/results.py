@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, blaming
 from vlm_latency.experiments import EXPERIMENTS, measured, studies
-from vlm_latency.records import PATCHES_PER_CROP
+from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, PATCHES_PER_CROP
 
 # Runs of several folders in one file beside them, told apart by the column `study_run`.
 POOLED = "runs.parquet"
 
+_NEEDED = ("request_id", "status", "T_total")  # of a table of records
+_LARGEST = 1e30  # of an entry's number: none that was measured comes near, and squares are finite
 FILES = {row.name: row.stem for row in EXPERIMENTS.values()}
 
 
@@ -51,15 +54,19 @@ def read_json(path: Path) -> Any:
         When it is missing, unreadable or not JSON (with the line).
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-        ) from None
+        with blaming(path, "JSON"):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except DataError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError):
+            raise DataError(f"no file {path}") from None
+        if isinstance(cause, OSError | UnicodeDecodeError):
+            raise DataError(f"cannot read {path}: {cause}") from None
+        if isinstance(cause, json.JSONDecodeError):
+            raise DataError(
+                f"{path} is not JSON: {cause.msg} in line {cause.lineno}, column {cause.colno}"
+            ) from None
+        raise
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -77,6 +84,12 @@ def read_result(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is no result: expected an object with a list 'results'")
     if not data["results"] or not all(isinstance(entry, dict) for entry in data["results"]):
         raise DataError(f"{path} has no entries in 'results'")
+    for name in ("environment", "environment.model", "environment.conditions", "coverage"):
+        group, _, key = name.partition(".")
+        found = data.get(group)
+        found = found.get(key) if key and isinstance(found, dict) else found
+        if found is not None and not isinstance(found, dict):
+            raise DataError(f"{path} has {name} {str(found)[:50]!r}; expected an object")
     return data
 
 
@@ -118,6 +131,11 @@ def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
     DataError
         When a time, a count or a cost is no number.
     """
+    with blaming(f"the result of {experiment}", "as 'kedro run' writes it"):
+        return _entry_table(result, experiment)
+
+
+def _entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
     table = pd.DataFrame(result["results"])
     names = {
         "T_vision": "T_vision_total",
@@ -128,8 +146,10 @@ def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
     table = table.rename(columns={old: new for old, new in names.items() if new not in table})
     for name in table:
         counted = str(name).startswith(("T_", "num_", "flops_"))
-        if counted and not pd.api.types.is_numeric_dtype(table[name]):
-            table[name] = [_number(value, str(name), experiment) for value in table[name]]
+        if counted:
+            values = [_number(value, str(name), experiment) for value in table[name]]
+            if not pd.api.types.is_numeric_dtype(table[name]):
+                table[name] = values
     if "request_id" not in table:
         table["request_id"] = _request_ids(table, experiment)
     if {"num_crops", "num_vision_tokens"} <= set(table):
@@ -168,24 +188,38 @@ def read_run(folder: Path | str) -> Run:
 
 
 def _records(folder: Path, name: str) -> pd.DataFrame | None:
-    """Read an experiment's runs, the folder's own or those that a published study pools."""
+    """Read an experiment's runs, the folder's own or those that a published study pools.
+
+    Raises
+    ------
+    DataError
+        When it is no table of records, or one of their columns is of another type.
+    """
     own, pooled = folder / name / f"{name}_records.parquet", folder.parent / POOLED
-    if own.is_file():
-        return pd.read_parquet(own)
-    if not pooled.is_file():
+    path = own if own.is_file() else pooled
+    if not path.is_file():
         return None
     asked = [("study_run", "==", folder.name), ("experiment", "==", name)]
-    runs = pd.read_parquet(pooled, filters=asked)
-    return None if runs.empty else runs.drop(columns="study_run")
+    with blaming(path, "the table of records that 'kedro run' writes"):
+        runs = pd.read_parquet(path, filters=None if path == own else asked)
+        if path == pooled and runs.empty:
+            return None
+        missing = [column for column in _NEEDED if column not in runs]
+        if missing:
+            raise DataError(f"{path} has no column {', '.join(missing)}; 'kedro run' writes it")
+        kinds = {**MEASURED_COLUMNS, **COST_COLUMNS}.items()
+        runs.astype({column: kind for column, kind in kinds if column in runs and kind != "object"})
+        return runs.drop(columns="study_run", errors="ignore")
 
 
 def _number(value: Any, name: str, experiment: str) -> float:
-    try:
-        return math.nan if value is None else float(value)
-    except (TypeError, ValueError):
-        raise DataError(
-            f"the result of {experiment} has an entry with {name} {value!r}; expected a number"
-        ) from None
+    with suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if value is None else float(value)
+        if math.isnan(number) or abs(number) <= _LARGEST:
+            return number
+    raise DataError(
+        f"the result of {experiment} has an entry with {name} {repr(value)[:50]}; expected a number"
+    )
 
 
 def _request_ids(table: pd.DataFrame, experiment: str) -> Any:

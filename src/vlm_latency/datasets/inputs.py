@@ -16,7 +16,7 @@ from kedro.io import AbstractDataset
 
 from vlm_latency.datasets.atomic import FileDataset
 from vlm_latency.datasets.variants import Variants, read_variants
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, blaming
 from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
 from vlm_latency.option_groups import CompareOptions, DatasetOptions
@@ -153,18 +153,14 @@ class GivenRequests(ReadOnly):
         path = Path(self._file)
         if not path.is_file():
             raise DataError(f"{self._experiment}.sampling.requests: no file {path}")
-        try:
+        with blaming(path, "a parquet table"):
             table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a parquet table: {error}") from None
         missing = [name for name in REQUEST_COLUMNS if name not in table]
         if missing:
             raise DataError(f"{path} is not a table of requests: no column {', '.join(missing)}")
-        try:
+        with blaming(path, "a table of requests"):
             table = typed(table, REQUEST_COLUMNS)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{path} is not a table of requests: {error}") from None
-        self._check(table, path)
+            self._check(table, path)
         return table
 
     def _check(self, table: pd.DataFrame, path: Path) -> None:

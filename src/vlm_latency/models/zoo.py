@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vlm_latency.errors import ModelError
+from vlm_latency.errors import ModelError, blaming
 
 if TYPE_CHECKING:
     from vlm_latency.options import ModelOptions
@@ -113,23 +113,33 @@ def _built_in() -> Zoo:
 
 
 def _read(path: Path) -> Zoo:
-    try:
+    with blaming(f"the zoo file {str(path)!r}", "a file of the form of models/zoo.yml", ModelError):
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         families = {
             name: Family(**{**values, "more": tuple(values.get("more", ()))})
             for name, values in content.pop("families", {}).items()
         }
         models = {name: Entry(**values) for name, values in content.pop("models", {}).items()}
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"the zoo file {str(path)!r} is not of the form of models/zoo.yml: {error}"
-        ) from None
-    if content:
-        raise ModelError(
-            f"the zoo file {str(path)!r} has {', '.join(content)} at its top; expected `families` "
-            "and `models`"
-        )
-    for name, entry in models.items():
-        if "model_type" not in entry.config:
-            raise ModelError(f"{name!r} in the zoo file {str(path)!r} has no config.model_type")
+        if content:
+            raise ModelError(
+                f"the zoo file {str(path)!r} has {', '.join(map(str, content))} at its top; expected "
+                "`families` and `models`"
+            )
+        for name, part in (*families.items(), *models.items()):
+            _check(name, part, path)
     return Zoo(families, models)
+
+
+def _check(name: Any, part: Any, path: Path) -> None:
+    """Refuse a field that is of another kind than the zoo's own."""
+    for each in fields(part):
+        value = getattr(part, each.name)
+        if "Mapping" in str(each.type) and not isinstance(value, Mapping):
+            raise ModelError(
+                f"{name!r} in the zoo file {str(path)!r} has {each.name} {str(value)[:50]!r}; "
+                "expected names and values"
+            )
+    if not isinstance(name, str) or (
+        isinstance(part, Entry) and not isinstance(part.config.get("model_type"), str)
+    ):
+        raise ModelError(f"{name!r} in the zoo file {str(path)!r} has no config.model_type")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_latency.errors import DataError, MeasurementError
+from vlm_latency.errors import DataError, MeasurementError, blaming
 from vlm_latency.option_groups import CompareOptions
 from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting import results
@@ -60,7 +60,10 @@ def compare_runs(
     for run in candidates:
         for name in _shared(baseline, run):
             try:
-                found = _compare(runs, run, name, settings.compare)
+                with blaming(
+                    f"{name} of {run.name} or {baseline.name}", "as 'kedro run' writes it"
+                ):
+                    found = _compare(runs, run, name, settings.compare)
             except DataError as error:  # such as the grids of a model that has no tiles
                 not_compared[f"{run.name}: {name}"] = str(error)
             else:

@@ -1,0 +1,291 @@
+"""Whatever is in a user's file, its reader gives what is right or one sentence: no other error."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from kedro.io import DatasetError
+from PIL import Image
+from safetensors.torch import save_file
+
+from vlm_latency.datasets import GivenRequests
+from vlm_latency.errors import UserError
+from vlm_latency.journal import Journal
+from vlm_latency.models.own import _call
+from vlm_latency.models.weights import check_weights
+from vlm_latency.models.zoo import load_zoo
+from vlm_latency.page import build_page, collect_results
+from vlm_latency.records import REQUEST_COLUMNS, SCHEMA_VERSION, typed
+from vlm_latency.results import entry_table, read_earlier, read_run, result_path
+from vlm_latency.vqa.folder import open_folder
+from vlm_latency.vqa.official import open_official
+
+WEIRD: tuple[Any, ...] = (
+    *(None, True, -1, 0, 2**70, 1e308, -1e308, float("nan"), float("inf"), "", "x", "\ud800", "$"),
+    *([], [[[]]], {}, {"value": None}, [1, "a"], "9" * 5000, {"a": {"b": [1e308]}}),
+)
+BYTES = (
+    b"\xff\xfe",
+    b"\x00" * 9,
+    b"[" * 100_000,
+    b'{"a":' * 5000,
+    b"1e308",
+    b"9" * 5000,
+    b"\n",
+    b"'",
+)
+
+
+# ---- the mutations
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    """Change a file as accidents and strangers do."""
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        place = draw.randrange(len(content) + 1)
+        kind = draw.choice(("bits", "cut", "put", "drop", "swap", "swap", "swap"))
+        if kind == "bits" and content:
+            place = min(place, len(content) - 1)
+            flipped = bytes([content[place] ^ (1 << draw.randrange(8))])
+            content = content[:place] + flipped + content[place + 1 :]
+        elif kind == "cut":
+            content = content[:place]
+        elif kind == "put":
+            content = content[:place] + draw.choice(BYTES) + content[place:]
+        elif kind == "drop":
+            content = content[:place] + content[place + draw.randrange(1, 50) :]
+        else:
+            content = swapped(content, draw)
+    return content
+
+
+def swapped(content: bytes, draw: random.Random) -> bytes:
+    """Put something else in place of a value of a JSON file or of one of its lines."""
+    lines = content.split(b"\n")
+    number = draw.randrange(len(lines))
+    whole, part = parsed(content), parsed(lines[number])
+    if whole is not None:
+        return json.dumps(changed(whole, draw)).encode()
+    if part is not None:
+        lines[number] = json.dumps(changed(part, draw)).encode()
+        return b"\n".join(lines)
+    return content
+
+
+def parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def changed(tree: Any, draw: random.Random) -> Any:
+    if isinstance(tree, dict | list) and tree and draw.random() < 0.85:
+        keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+        key = draw.choice(keys)
+        tree[key] = changed(tree[key], draw)
+        return tree
+    return draw.choice(WEIRD)
+
+
+# ---- the readers: each makes its files whole, and says which are changed and how they are read
+
+
+def official(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    questions = [{"question_id": n, "image_id": 42, "question": "What?"} for n in range(3)]
+    answers = [{"answer": "a", "answer_confidence": "yes", "answer_id": 1}]
+    told = {"question_type": "what", "answer_type": "other", "multiple_choice_answer": "a"}
+    notes = [{"question_id": n, "image_id": 42, "answers": answers, **told} for n in range(3)]
+    files = {
+        "v2_OpenEnded_mscoco_val2014_questions.json": {"questions": questions},
+        "v2_mscoco_val2014_annotations.json": {"annotations": notes},
+    }
+    (folder / "val2014").mkdir()
+    (folder / "val2014" / "COCO_val2014_000000000042.jpg").touch()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return list(files), lambda: open_official("vqa", "validation", folder).describe()
+
+
+def own_questions(suffix: str) -> Callable[[Path], tuple[list[str], Callable[[], Any]]]:
+    def make(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+        rows = [{"image": "a.png", "question": f"What {n}?", "answers": '["a"]'} for n in range(3)]
+        if suffix == "csv":
+            pd.DataFrame(rows).to_csv(folder / "questions.csv", index=False)
+        else:
+            (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return [f"questions.{suffix}"], lambda: open_folder("own", "validation", folder).describe()
+
+    return make
+
+
+def zoo(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    config = {"model_type": "llava", "text_config": {"num_hidden_layers": 2}}
+    family = {"tokens": {"image": "<image>"}, "image_settings": {"size": 3}, "more": []}
+    content = {"models": {"mine": {"config": config}}, "families": {"llava": family}}
+    (folder / "zoo.yml").write_text(json.dumps(content))
+    return ["zoo.yml"], lambda: load_zoo(str(folder / "zoo.yml"))
+
+
+ENTRY = {"request_id": "exp3-1x1", "grid": "1x1", "T_total": 3.5, "num_crops": 2, "flops_total": 7}
+
+
+def results(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    about = {"model": {"name": "m"}, "conditions": {"model": {}}, "dataset": {}, "line": "a cpu"}
+    content = {"experiment": "exp3", "results": [ENTRY, ENTRY], "environment": about}
+    path = result_path(folder, "exp3")
+    path.parent.mkdir()
+    path.write_text(json.dumps({**content, "coverage": {"planned": 2}, "claims": []}))
+
+    def read() -> None:
+        assert "<html" in build_page(collect_results(folder))  # a line on it, never an error
+        entry_table(read_earlier(path, "exp3"), "exp3")
+        read_run(folder)
+
+    return [path.relative_to(folder).as_posix()], read
+
+
+def records(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    results(folder)
+    rows = pd.DataFrame({**ENTRY, "status": ["ok", "failed"], "run_index": [0, 1]})
+    rows.to_parquet(folder / "exp3" / "exp3_records.parquet", compression=None)
+    return ["exp3/exp3_records.parquet"], lambda: read_run(folder)
+
+
+def given_requests(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    asked = {"request_id": ["exp1-1"], "experiment": "exp1", "output_length": "answer"}
+    typed(pd.DataFrame(asked), REQUEST_COLUMNS).to_parquet(folder / "r.parquet", compression=None)
+    files = {"exp1": str(folder / "r.parquet")}
+    return ["r.parquet"], GivenRequests(experiment="exp1", files=files).load
+
+
+def journal(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    row = {"request_id": "exp1-1", "request_sha256": "f", "run_index": 0, "status": "ok"}
+    head = {"schema_version": SCHEMA_VERSION, "fingerprint": "aa", "conditions": {"model": {}}}
+    lines = [head, {**row, "T_total": 2.5, "fingerprint": "aa"}, {"session": {"seconds": 1}}, row]
+    (folder / "aa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def read() -> None:
+        log = Journal(folder)
+        log.read("aa"), log.sessions("aa"), log.conditions(log.path("aa"))
+        log.append("aa", {"model": {}}, [{**row, "run_index": 1}])
+        log.close()
+        log.read("aa")
+
+    return ["aa.jsonl"], read
+
+
+def weights(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, folder / "model-1.safetensors")
+    names = {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    read = lambda: check_weights(folder)  # noqa: E731
+    return ["model-1.safetensors", "model.safetensors.index.json"], read
+
+
+def own_model(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    (folder / "mine.py").write_text(
+        "def make():\n    sizes = [1, 2]\n    return sizes[0], {'a': 3}\n"
+    )
+    return ["mine.py"], lambda: _call(folder / "mine.py", "make")
+
+
+READERS = {
+    "official": official,
+    "csv": own_questions("csv"),
+    "jsonl": own_questions("jsonl"),
+    "zoo": zoo,
+    "results": results,
+    "records": records,
+    "requests": given_requests,
+    "journal": journal,
+    "weights": weights,
+    "own model": own_model,
+}
+
+
+def attack(folder: Path, make: Callable[[Path], Any], times: int, seed: int) -> set[str]:
+    """Read a folder with one file changed, so many times; what came out of it."""
+    names, read = make(folder)
+    read()  # whole, it is read
+    whole = {name: (folder / name).read_bytes() for name in names}
+    draw, seen = random.Random(seed), set()
+    for number in range(times):
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+        name = draw.choice(names)
+        (folder / name).write_bytes(mutated(whole[name], draw))
+        try:
+            read()
+            seen.add("right")
+        except UserError as error:
+            assert str(error), number
+            seen.add("refused")
+        except DatasetError as error:  # Kedro's own, around it; the command line looks inside
+            assert isinstance(error.__cause__, UserError), number
+            seen.add("refused")
+        except Exception as error:
+            error.add_note(f"seed {seed}, number {number}, file {name}")
+            raise
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_changed_file_is_read_right_or_refused(reader: str, tmp_path: Path) -> None:
+    assert attack(tmp_path, READERS[reader], times=60, seed=0) == {"right", "refused"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_many_changed_files_are_read_right_or_refused(
+    reader: str, seed: int, tmp_path: Path
+) -> None:
+    assert attack(tmp_path, READERS[reader], times=1000, seed=seed) == {"right", "refused"}
+
+
+@pytest.mark.parametrize("value", WEIRD)
+@pytest.mark.parametrize("key", ["T_total", "flops_total", "num_crops", "request_id", "grid"])
+def test_a_value_of_any_kind_in_a_result_is_a_number_or_refused(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    results(tmp_path)
+    path = result_path(tmp_path, "exp3")
+    content = json.loads(path.read_text())
+    content["results"][0][key] = value
+    path.write_text(json.dumps(content))
+    try:
+        table = entry_table(read_earlier(path, "exp3"), "exp3")
+    except UserError:
+        return
+    if key.startswith(("T_", "flops_", "num_")):
+        numbers = table[key].astype(float).dropna()
+        assert (numbers.abs() <= 1e30).all()
+
+
+def test_columns_of_other_types_in_records_are_refused(tmp_path: Path) -> None:
+    records(tmp_path)
+    path = tmp_path / "exp3" / "exp3_records.parquet"
+    whole = pd.read_parquet(path)
+    for name, value in (("T_total", "fast"), ("run_index", "x"), ("num_crops", np.nan)):
+        whole.assign(**{name: [value, value]}).to_parquet(path)
+        if isinstance(value, str):
+            with pytest.raises(
+                UserError, match=r"exp3_records.parquet is not the table of records"
+            ):
+                read_run(tmp_path)
+    for name in ("status", "T_total"):
+        whole.drop(columns=name).to_parquet(path)
+        with pytest.raises(UserError, match=f"has no column {name}"):
+            read_run(tmp_path)
