@@ -94,6 +94,7 @@ def page(
 ) -> str:
     """Write what was found as Markdown."""
     outside = [row for row in rows if row.outside()]
+    near = [row for row in rows if row.outside(0) and not row.outside()]
     lines = [
         "# How often the printed intervals hold the truth",
         "",
@@ -110,7 +111,7 @@ def page(
         "",
         f"Outside of the goals by more than {SIGMAS} Monte Carlo errors: "
         + ("; ".join(f"{r.cell.statistic} ({r.cell.data}, {r.cell.n})" for r in outside) or "none")
-        + ".",
+        + f". Outside by the point alone, which so few draws cannot decide: {len(near)}.",
         "",
         "| statistic | data | n | actual, % | ± | warned, % | no interval, % | goal |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
