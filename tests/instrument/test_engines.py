@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -117,6 +118,21 @@ def test_one_cache_serves_all_requests_and_grows_when_it_must(llava: Any, traced
         many = meter(prepared, 100).token_ids  # a longer cache: everything is captured again
         assert many[:3] == few
         assert many == make_meter(vlm)(prepared, 100).token_ids
+
+
+@pytest.mark.parametrize("engine", FRONT)
+def test_another_length_of_the_cache_compiles_the_decode_step_alone(
+    llava: Any, traced: None, engine: str
+) -> None:
+    """As the experiments of one command do, each with a cache of its own."""
+    vlm, prepared = llava
+    seen = []
+    for length in (128, 128, 192, 320):
+        with make_meter(vlm, "timeline", engine, max_cache_len=length) as meter:
+            for request in (prepared, longer(prepared)):
+                meter(request, 3)
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert [after - before for before, after in pairwise(seen)] == [0, 1, 1]
 
 
 def test_what_does_not_compile_is_left_eager_and_named(

@@ -146,6 +146,7 @@ class Engine:
                     stack.enter_context(replaced(module, "forward", always(part)))
             if self.name in COMPILED:
                 stack.enter_context(self._compile_clock())
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=graphs.RECOMPILES))
                 for name, value in (
                     ("_compiled_call", self._call_step),
                     ("_last_compile_config", self._config),
@@ -364,13 +365,15 @@ class Engine:
             state=lambda: [token, position, *(layer.cumulative_length for layer in cache.layers)],
             copy_out=False,
             tuned=True,
+            static=True,
         )
 
     # The compiled step, our own or that of ``generate()``
 
     def _compile_config(self) -> CompileConfig:
         """What ``generate()`` compiles its forward with."""
-        config = CompileConfig(fullgraph=True, mode=None, backend=graphs.BACKEND)  # type: ignore[arg-type]
+        # Not dynamic: compiled for a second length of the cache, a step is as fast as for the first.
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=graphs.BACKEND)  # type: ignore[arg-type]
         if options := graphs.inductor_options(self.device):
             config.options = {**options, "triton.cudagraphs": True}
         # transformers compiles on accelerators only, unless told so

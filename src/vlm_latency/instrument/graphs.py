@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 from vlm_latency.errors import ModelError
 
 BACKEND = "inductor"
-RECOMPILES = 64  # shapes that one part may be compiled for before PyTorch gives up
+RECOMPILES = 64  # shapes that one function may be compiled for before PyTorch gives up
 
 log = logging.getLogger("vlm_latency")
 
@@ -35,6 +35,8 @@ class Part:
         Given the arguments' tensors, which (tensor, dimension) differ from request to request.
     tuned
         Whether its kernels are tuned for bandwidth, which takes longer to compile.
+    static
+        Whether every shape is compiled by itself, even where only one dimension differs.
     state
         Tensors that the function changes and that trying it out must not change.
     """
@@ -51,6 +53,7 @@ class Part:
         state: Callable[[], list[torch.Tensor]] = list,
         copy_out: bool = True,
         tuned: bool = False,
+        static: bool = False,
     ) -> None:
         self.name = name
         self.left_eager: str | None = None
@@ -66,7 +69,11 @@ class Part:
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph | None, list[object], Any]] = {}
         options = inductor_options(device) if tuned else None
         self._compiled = torch.compile(
-            function, fullgraph=required, backend=BACKEND, options=options
+            function,
+            fullgraph=required,
+            backend=BACKEND,
+            options=options,
+            dynamic=False if static else None,
         )
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
@@ -118,25 +125,24 @@ class Part:
             return self._compiled(*args, **kwargs)
 
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILES):
-                if not on_gpu:
+            if not on_gpu:
+                run()
+                return None, [], None
+            side = torch.cuda.Stream(self._device)
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                run()
+                with _no_waiting():  # a capture that waits for the device is lost
                     run()
-                    return None, [], None
-                side = torch.cuda.Stream(self._device)
-                side.wait_stream(torch.cuda.current_stream(self._device))
-                with torch.cuda.stream(side):
-                    run()
-                    with _no_waiting():  # a capture that waits for the device is lost
-                        run()
-                torch.cuda.current_stream(self._device).wait_stream(side)
-                # A graph keeps the addresses of the workspace that matrix products use: it must be
-                # its own, not one that another engine's graphs left behind and may give back.
-                graph = torch.cuda.CUDAGraph()
-                torch._C._cuda_clearCublasWorkspaces()
-                with torch.cuda.graph(graph, pool=self._pool):
-                    output = run()
-                torch._C._cuda_clearCublasWorkspaces()
-                return graph, inputs, output
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            # A graph keeps the addresses of the workspace that matrix products use: it must be
+            # its own, not one that another engine's graphs left behind and may give back.
+            graph = torch.cuda.CUDAGraph()
+            torch._C._cuda_clearCublasWorkspaces()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = run()
+            torch._C._cuda_clearCublasWorkspaces()
+            return graph, inputs, output
         finally:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)

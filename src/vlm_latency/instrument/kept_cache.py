@@ -21,9 +21,13 @@ class KeptLayer(StaticLayer):
     attends to its own length, by the same kernels as without a static cache, and nothing waits for
     the device to say how long the cache is. Layers with a sliding window keep all positions too;
     the mask restricts what they attend to.
+
+    A prefill writes through tensors of its own on the same memory, whose length a compiler may not
+    rely on: it is compiled once for all lengths of the cache, a decode step for each.
     """
 
     empty = True
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -32,11 +36,18 @@ class KeptLayer(StaticLayer):
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.room is not None
         length = key_states.shape[-2]
-        self.keys[:, :, :length].copy_(key_states)
-        self.values[:, :, :length].copy_(value_states)
+        for kept, states in zip(self.room, (key_states, value_states), strict=True):
+            kept[:, :, :length].copy_(states)
         return key_states, value_states
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        self.room = self.keys.detach(), self.values.detach()
+        for kept in self.room:
+            torch._dynamo.maybe_mark_dynamic(kept, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.empty else self.max_cache_len), 0
