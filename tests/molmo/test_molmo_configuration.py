@@ -70,7 +70,6 @@ def test_a_published_configuration_tells_the_rest():
     assert (config.image_start_token_id, config.image_col_token_id) == (152064, 152067)
     assert config.bos_token_id == config.eos_token_id == 151643
     assert config.vision_config.num_hidden_layers == 23
-    assert config.num_tokens_per_crop == 144
     assert config.float32_attention
     assert MolmoConfig(**published_keys("O")).image_token_id == 100280
     assert MolmoConfig(**published_keys("E")).text_config.max_position_embeddings == 32768

@@ -25,6 +25,11 @@ IMAGES = [image_bytes({"image_recipe": noise_recipe(i, 60 + i, 40)}, None) for i
 TEN = [{"answer": "no", "answer_id": 0}] + [{"answer": "yes", "answer_id": i} for i in range(1, 10)]
 
 
+def opened(source: QuestionSource, row: pd.Series) -> bytes:
+    """The encoded image of one row of the table."""
+    return image_bytes(source.with_images(row.to_frame().T).iloc[0], source.root)
+
+
 def columns(**other: Any) -> dict[str, list[Any]]:
     """Ten questions on five images as lmms-lab/VQAv2 has them."""
     return {
@@ -69,7 +74,7 @@ def test_index_and_images(tmp_path: Path) -> None:
         assert len(row.image_sha256) == 64
     assert sum(path.is_file() for path in (tmp_path / "cache").rglob("*")) == 3
     for position in range(10):
-        assert source.open_image(source.table.iloc[position]) == IMAGES[position // 2]
+        assert opened(source, source.table.iloc[position]) == IMAGES[position // 2]
 
 
 def test_kept_images_are_not_read_again_but_belong_to_their_version(tmp_path: Path) -> None:
@@ -78,10 +83,10 @@ def test_kept_images_are_not_read_again_but_belong_to_their_version(tmp_path: Pa
     paths = source.with_images(source.table)["image_path"]
     kept = tmp_path / "cache" / paths.iloc[0]
     kept.write_bytes(b"kept")
-    assert source.open_image(source.table.iloc[0]) == b"kept"
+    assert opened(source, source.table.iloc[0]) == b"kept"
     changed = columns(image=[{"bytes": IMAGES[4], "path": None}] * 10)
     again = read(write(folder, changed))
-    assert again.open_image(again.table.iloc[0]) == IMAGES[4]
+    assert opened(again, again.table.iloc[0]) == IMAGES[4]
 
 
 def test_small_datasets_with_other_columns(tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ def test_small_datasets_with_other_columns(tmp_path: Path) -> None:
     assert source.table["question_id"].tolist() == [str(n) for n in range(1, 11)]
     assert source.table["image_id"].tolist() == [str(n) for n in range(1, 11)]
     assert source.table["answer"].tolist() == ["y"] * 10
-    assert source.open_image(source.table.iloc[7]) == IMAGES[0]
+    assert opened(source, source.table.iloc[7]) == IMAGES[0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_latency.errors import DataError
-from vlm_latency.vqa import decode_image, image_bytes, load_image
+from vlm_latency.vqa import decode_image, image_bytes
 from vlm_latency.vqa.images import at_size, check_relative, image_size, noise_recipe, sha256
 
 JPEG = image_bytes({"image_recipe": noise_recipe(1, 64, 48)}, None)
@@ -48,7 +48,7 @@ def test_file_is_read_and_its_hash_checked(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(JPEG)
     row = {"image_path": "a.jpg", "image_sha256": sha256(JPEG), "image_recipe": None}
     assert image_bytes(row, tmp_path) == JPEG
-    assert load_image(row, tmp_path).size == (64, 48)
+    assert decode_image(image_bytes(row, tmp_path)).size == (64, 48)
     assert image_size(tmp_path / "a.jpg") == image_size(JPEG) == (64, 48)
     with pytest.raises(DataError, match="not the file that was drawn"):
         image_bytes(row | {"image_sha256": "0" * 64}, tmp_path)
@@ -57,7 +57,7 @@ def test_file_is_read_and_its_hash_checked(tmp_path: Path) -> None:
 def test_resize_recipe_wraps_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(JPEG)
     row = {"image_path": "a.jpg", "image_recipe": at_size(None, 784, 560)}
-    assert load_image(row, tmp_path).size == (784, 560)
+    assert decode_image(image_bytes(row, tmp_path)).size == (784, 560)
     assert at_size(noise_recipe(7, 10, 20), 30, 40) == noise_recipe(7, 30, 40)
 
 

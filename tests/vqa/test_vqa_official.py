@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_latency.errors import DataError
-from vlm_latency.vqa import QUESTION_COLUMNS, open_source
+from vlm_latency.vqa import QUESTION_COLUMNS, image_bytes, open_source
 
 
 def read(root: Path) -> Any:
@@ -30,7 +30,7 @@ def test_index(official: Any) -> None:
     assert (row.question_type, row.answer_type, row.answer) == ("is it", "yes/no", "yes")
     assert json.loads(row.answers) == ["yes"] * 9 + ["no"]
     assert row.image_path == "val2014/COCO_val2014_000000000002.jpg"
-    assert source.open_image(row) == official.image(2).read_bytes()
+    assert image_bytes(row, source.root) == official.image(2).read_bytes()
     assert not source.synthetic
     described = source.describe()
     assert (described["questions"], described["images"]) == (10, 5)
@@ -60,7 +60,7 @@ def test_train_split(official: Any, tmp_path: Path) -> None:
     train = type(official)(tmp_path / "train", "train2014")
     source = open_source(source="official", path=train.root, split="train")
     assert source.table["image_path"].iloc[0] == "train2014/COCO_train2014_000000000001.jpg"
-    assert source.open_image(source.table.iloc[0]) == train.image(1).read_bytes()
+    assert image_bytes(source.table.iloc[0], source.root) == train.image(1).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from vlm_latency.records import REQUEST_COLUMNS
 from vlm_latency.vqa import (
     QuestionSource,
     Sampling,
+    decode_image,
     draw_requests,
     image_bytes,
-    load_image,
     open_source,
     sweep_language_requests,
     sweep_sizes_requests,
@@ -62,7 +62,7 @@ def test_drawn_rows(files: QuestionSource, official: Any) -> None:
         5,
     )
     assert row.resolution == f"{row.image_width}x{row.image_height}"
-    assert load_image(row, files.root).size == (row.image_width, row.image_height)
+    assert decode_image(image_bytes(row, files.root)).size == (row.image_width, row.image_height)
     assert len(row.image_sha256) == 64
     unhashed = draw_requests(files, Sampling(4, seed=5), 7, "exp1", hash_images=False)
     assert unhashed["image_sha256"].isna().all()
@@ -156,8 +156,8 @@ def test_missing_and_corrupt_images_fail_alone(official: Any, stratify_by_tiling
     messages = {1: "missing", 2: "cannot be decoded", 3: "cannot be decoded"}
     for image_id, message in messages.items():
         with pytest.raises(DataError, match=message):
-            load_image(requests.loc[str(image_id)].iloc[0], source.root)
-    assert load_image(requests.loc["4"].iloc[0], source.root).size == (80, 40)
+            decode_image(image_bytes(requests.loc[str(image_id)].iloc[0], source.root))
+    assert decode_image(image_bytes(requests.loc["4"].iloc[0], source.root)).size == (80, 40)
 
 
 def test_vision_sweep_hits_every_grid_once() -> None:
@@ -182,7 +182,7 @@ def test_vision_sweep_hits_every_grid_once() -> None:
     row = requests.iloc[3]
     assert (row.request_id, row.grid, row.resolution) == ("exp3-1x4", "1×4", "1008x336")
     assert (row.output_length, row.synthetic) == ("none", True)
-    assert load_image(row, None).size == (1008, 336)
+    assert decode_image(image_bytes(row, None)).size == (1008, 336)
 
 
 def test_vision_sweep_without_partners_or_pairs() -> None:
@@ -211,7 +211,7 @@ def test_sizes_sweep() -> None:
     requests = sweep_sizes_requests([(336, 336), (672, 336), (336, 336)])
     assert requests["request_id"].tolist() == ["exp3-336x336", "exp3-672x336"]
     assert requests["tiling_rows"].isna().all()
-    assert load_image(requests.iloc[1], None).size == (672, 336)
+    assert decode_image(image_bytes(requests.iloc[1], None)).size == (672, 336)
     for sizes in ([], [(0, 5)], [(5, 20_000)]):
         with pytest.raises(DataError, match="expected at least one width and height"):
             sweep_sizes_requests(sizes)
@@ -228,7 +228,7 @@ def test_language_sweep(kind: str, request: pytest.FixtureRequest) -> None:
     assert row.request_id == f"exp4-{row.question_id}-n8"
     assert (row.grid, row.resolution) == ("2×3", "784x560")
     for _, each in requests.iterrows():
-        assert load_image(each, source.root).size == (784, 560)
+        assert decode_image(image_bytes(each, source.root)).size == (784, 560)
         tokens = image_token_counts(each.image_width, each.image_height)
         assert (tokens.tiling_rows, tokens.tiling_cols, tokens.num_vision_tokens) == (2, 3, 704)
     if kind == "files":  # the photo is the same one, brought to the size
@@ -259,9 +259,12 @@ def test_real_photos(shared: Path) -> None:
         "exp1",
     )
     for _, row in requests.iterrows():
-        assert load_image(row, source.root).size == (row.image_width, row.image_height)
+        assert decode_image(image_bytes(row, source.root)).size == (
+            row.image_width,
+            row.image_height,
+        )
     sweep = sweep_language_requests(source, Sampling(2, tiles=Tiles()), [8])
-    assert load_image(sweep.iloc[0], source.root).size == (784, 560)
+    assert decode_image(image_bytes(sweep.iloc[0], source.root)).size == (784, 560)
 
 
 def test_importing_it_is_light() -> None:

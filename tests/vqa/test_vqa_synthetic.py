@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from vlm_latency.errors import DataError
 from vlm_latency.molmo.tiling import image_token_counts
-from vlm_latency.vqa import QUESTION_COLUMNS, QuestionSource, load_image, open_source
+from vlm_latency.vqa import QUESTION_COLUMNS, QuestionSource, decode_image, image_bytes, open_source
 from vlm_latency.vqa.synthetic import IMAGES, QUESTIONS, _facts
 
 ALPHA = 0.001  # per test; seeds are fixed, so a pass stays a pass
@@ -118,7 +118,7 @@ def test_ten_answers(table: pd.DataFrame) -> None:
 
 def test_images_open_at_their_size(table: pd.DataFrame) -> None:
     row = table.iloc[11]
-    assert load_image(row, None).size == (row.image_width, row.image_height)
+    assert decode_image(image_bytes(row, None)).size == (row.image_width, row.image_height)
 
 
 def test_seeds_and_splits() -> None:

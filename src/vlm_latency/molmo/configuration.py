@@ -9,7 +9,6 @@ from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from vlm_latency.errors import ModelError
-from vlm_latency.molmo import tiling
 
 # End-of-text of the published tokenizers, by the hub's `vocab_size`; the hub's config.json files do
 # not tell it. Molmo puts it in front of every prompt, too.
@@ -180,8 +179,3 @@ class MolmoConfig(PreTrainedConfig):
     def num_patches_per_side(self) -> int:
         """Patches along one side of a crop."""
         return self.vision_config.image_size // self.vision_config.patch_size
-
-    @property
-    def num_tokens_per_crop(self) -> int:
-        """Vectors that the connector makes of one crop."""
-        return (self.num_patches_per_side // tiling.POOL) ** 2

@@ -8,7 +8,8 @@
 """
 
 from vlm_latency.vqa.accuracy import normalise_answer, vqa_accuracy
-from vlm_latency.vqa.images import decode_image, image_bytes, load_image
+from vlm_latency.vqa.images import decode_image, image_bytes
+from vlm_latency.vqa.opening import open_source
 from vlm_latency.vqa.sampling import (
     Sampling,
     draw_requests,
@@ -16,7 +17,7 @@ from vlm_latency.vqa.sampling import (
     sweep_sizes_requests,
     sweep_vision_requests,
 )
-from vlm_latency.vqa.source import QUESTION_COLUMNS, QuestionSource, open_source
+from vlm_latency.vqa.source import QUESTION_COLUMNS, QuestionSource
 
 __all__ = [
     "QUESTION_COLUMNS",
@@ -25,7 +26,6 @@ __all__ = [
     "decode_image",
     "draw_requests",
     "image_bytes",
-    "load_image",
     "normalise_answer",
     "open_source",
     "sweep_language_requests",

@@ -143,11 +143,6 @@ def image_bytes(row: Mapping[str, Any] | pd.Series, root: Path | str | None) -> 
     return data if recipe is None else _resized(data, recipe)
 
 
-def load_image(row: Mapping[str, Any] | pd.Series, root: Path | str | None) -> Image.Image:
-    """The RGB image of a request: ``decode_image(image_bytes(row, root))``."""
-    return decode_image(image_bytes(row, root))
-
-
 def read_file(root: Path, path: str) -> bytes:
     """The bytes of the file at ``path`` inside ``root``.
 
