@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,24 @@ _SESSION = "session"  # the key of a line that is not a run
 BEGAN = "began"  # the key of what such a line says at a command's start
 _KEYS = (("request_id", str), ("run_index", int), ("status", str))  # what every run has
 _SESSION_LINE = b'{"session"'
+
+
+def session_ratios(sessions: Iterable[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """Tell what share of the wall time warmed up, and what the rest was worth.
+
+    Returns
+    -------
+    warmup_share, harness_ratio
+        The second is wall time without warm-up over what was measured and preprocessed: 1 wastes
+        nothing. None where no time was taken.
+    """
+    told = list(sessions)
+    wall, warmup, measured, preprocess = (
+        sum(session.get(f"{part}_s") or 0 for session in told)
+        for part in ("wall", "warmup", "measured", "preprocess")
+    )
+    useful = measured + preprocess
+    return warmup / wall if wall else None, (wall - warmup) / useful if useful else None
 
 
 class Journal:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 # Marks a field that the protocol settles where the user leaves it open (``None``, the default).
 BY_PROTOCOL: Final = "as the protocol says"
 
+OUTPUT_RULES = ("natural", "answer", "none")  # of how much is written, where it is not a number
+
 
 class Group(BaseModel):
     """A group of parameters: unknown names are errors, values never change."""
@@ -46,11 +48,21 @@ def _words(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
-def _output_length(value: Any) -> str:
+def output_length(value: Any) -> str:
+    """Check a rule of how much is written.
+
+    >>> output_length("natural"), output_length(8)
+    ('natural', '8')
+
+    Raises
+    ------
+    ValueError
+        For anything but one of `OUTPUT_RULES` and a positive number.
+    """
     text = str(value)
-    if text in {"natural", "answer", "none"} or (text.isdigit() and int(text) > 0):
+    if text in OUTPUT_RULES or re.fullmatch("[1-9][0-9]*", text):
         return text
-    raise ValueError("expected natural, answer, none or a positive number")
+    raise ValueError(f"expected {', '.join(OUTPUT_RULES)} or a positive number")
 
 
 def _product(value: Any, expected: str) -> Any:
@@ -117,7 +129,7 @@ Numbers = Annotated[tuple[float, ...], BeforeValidator(_words)]
 PositiveNumbers = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_words)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
-OutputLength = Annotated[str, BeforeValidator(_output_length)]
+OutputLength = Annotated[str, BeforeValidator(output_length)]
 _Count = Annotated[int, Field(gt=0)]
 _AS_WRITTEN = PlainSerializer(lambda pair: f"{pair[0]}x{pair[1]}", when_used="json")
 Tiling = Annotated[tuple[_Count, _Count], BeforeValidator(_tiling), _AS_WRITTEN]

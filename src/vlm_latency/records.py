@@ -20,7 +20,14 @@ Row = dict[str, Any]  # one run, or one request: plain values by column
 
 # The parts that add up to T_total, in the order in which a request runs through them.
 COMPONENTS = ("T_vision_encoder", "T_projector", "T_LLM_prefill", "T_LLM_decode", "T_other")
+UNTIL_FIRST_TOKEN = COMPONENTS[:3]
+
+# What a cost belongs to, and the time of each.
 COST_PARTS = ("vision", "projector", "llm_prefill", "llm_decode", "total")
+COST_TIMES = dict(zip(COST_PARTS, (*COMPONENTS[:4], "T_total"), strict=True))
+
+# flops.estimator → what its columns' names end with.
+ESTIMATORS = {"analytic": "_analytic", "counted": "_counted", "parameter_rule": "_rule"}
 
 # Runs that are alike in these do the same work.
 SHAPE = ("num_crops", "num_vision_tokens", "num_total_tokens", "num_output_tokens")
@@ -337,6 +344,11 @@ def typed(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     extra = [name for name in table.columns if name not in columns]
     table = table.reindex(columns=[*columns, *extra])
     return table.astype({name: kind for name, kind in columns.items() if kind != "object"})
+
+
+def ok_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the runs that failed; a table without ``status`` has none."""
+    return runs[runs["status"] == "ok"] if "status" in runs else runs
 
 
 def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError, blaming
 from vlm_latency.experiments import EXPERIMENTS, measured, studies
-from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, PATCHES_PER_CROP
+from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, PATCHES_PER_CROP, ok_rows
 
 # Runs of several folders in one file beside them, told apart by the column `study_run`.
 POOLED = "runs.parquet"
@@ -176,7 +176,7 @@ def read_run(folder: Path | str) -> Run:
         results[name] = read_result(path)
         runs = _records(folder.resolve(), name)
         if runs is not None:
-            tables[name] = runs[runs["status"] == "ok"].reset_index(drop=True)
+            tables[name] = ok_rows(runs).reset_index(drop=True)
         else:
             tables[name] = entry_table(results[name], name)
     if not tables:

@@ -17,7 +17,7 @@ import pandas as pd
 from vlm_latency.errors import MeasurementError
 from vlm_latency.journal import BEGAN, RUN, Journal
 from vlm_latency.option_types import Shard
-from vlm_latency.records import Row, plain_rows
+from vlm_latency.records import Row, ok_rows, plain_rows
 
 _NAMED = 3  # requests that a refusal names
 
@@ -189,7 +189,7 @@ def _refuse_doubles(
     one = [*RUN, "started_at", "worker"]
     named = [table.assign(where=f"shard {shard}") for shard, table in tables.items()]
     runs = pd.concat(named, ignore_index=True)
-    held = before[before["status"] == "ok"].assign(where="the journal without shard")
+    held = ok_rows(before).assign(where="the journal without shard")
     gathered = held[one].merge(runs[one].drop_duplicates(), on=one, how="left", indicator=True)
     runs = pd.concat([runs, held[(gathered["_merge"] == "left_only").to_numpy()]])
     twice = runs[runs.duplicated(RUN, keep=False)].sort_values([*RUN, "where"])

@@ -139,7 +139,7 @@ def test_answers_are_asked_for_only_where_needed(official: Any) -> None:
 
 @pytest.mark.parametrize("rule", ["long", 0, -3, "1.5", ""])
 def test_output_length_rules(files: QuestionSource, rule: Any) -> None:
-    with pytest.raises(DataError, match="expected natural, answer, none or a number"):
+    with pytest.raises(DataError, match="expected natural, answer, none or a positive number"):
         draw_requests(files, Sampling(1), rule, "exp1")
 
 

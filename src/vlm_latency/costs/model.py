@@ -20,6 +20,7 @@ from vlm_latency.costs.memory import Memory
 from vlm_latency.costs.parameter_rule import parameter_rule
 from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.costs.units import CROSS_ATTENTION, NO_WORK, Census
+from vlm_latency.records import COST_PARTS
 
 if TYPE_CHECKING:
     from vlm_latency.costs.counted import Counter
@@ -107,14 +108,14 @@ class CostModel:
         shape : RequestShape
             One request, or arrays of many.
         estimator : str
-            "analytic", "analytic_causal", "counted" or "rule" (also "parameter_rule"). A part that
-            is not known (`unknown`) is NaN in the analytic ones.
+            "analytic", "analytic_causal", "counted" or "rule". A part that is not known
+            (`unknown`) is NaN in the analytic ones.
         """
         if self.does_nothing:
             return _nothing(shape)
         if estimator == "counted":
             return self._counted(shape)
-        if estimator in ("rule", "parameter_rule"):
+        if estimator == "rule":
             return parameter_rule(self.parameters, shape)
         causal = estimator == "analytic_causal"
         found = analytic(self.census, shape, causal=causal, grid_pairs=self._grid_pairs(shape))
@@ -384,7 +385,7 @@ def _name(key: Iterable[int]) -> str:
 
 
 def _nothing(shape: RequestShape) -> dict[str, Any]:
-    return dict.fromkeys((*PARTS, "total"), np.zeros_like(shape.num_total_tokens))
+    return dict.fromkeys(COST_PARTS, np.zeros_like(shape.num_total_tokens))
 
 
 def _look_up(keys: np.ndarray, values: Mapping[Any, int]) -> Any:

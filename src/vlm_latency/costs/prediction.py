@@ -21,9 +21,9 @@ from vlm_latency.costs.bytes_moved import element_bytes
 from vlm_latency.costs.hardware import Hardware
 from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.roofline import roofline_ms
-from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
+from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.errors import UserError
-from vlm_latency.records import SHAPE
+from vlm_latency.records import COST_TIMES, SHAPE
 from vlm_latency.statistics import AsGiven, Estimate, cross_validate, nnls_relative_fit
 
 # Where a pruned vision token leaves the model: it costs nothing from there on.
@@ -36,7 +36,7 @@ TWINS = 0.05
 _PART_TERMS = tuple((part, term) for part in PARTS for term in ("compute", "memory", "launch"))
 _OTHER_TERMS = (("other", "constant"), ("other", "step"))
 TERMS = _PART_TERMS + _OTHER_TERMS
-_TIMES = {**{part: TIMES[part] for part in PARTS}, "other": "T_other"}
+_TIMES = {**{part: COST_TIMES[part] for part in PARTS}, "other": "T_other"}
 
 
 @dataclass(frozen=True)

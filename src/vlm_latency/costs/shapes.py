@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# The parts that run on the device, in the order in which a request runs through them.
-PARTS = ("vision", "projector", "llm_prefill", "llm_decode")
+from vlm_latency.records import COST_PARTS
 
-# Which measured time belongs to which part (columns of the record).
-TIMES = {
-    "vision": "T_vision_encoder",
-    "projector": "T_projector",
-    "llm_prefill": "T_LLM_prefill",
-    "llm_decode": "T_LLM_decode",
-    "total": "T_total",
-}
+# The parts that run on the device, in the order in which a request runs through them.
+PARTS = COST_PARTS[:-1]
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from vlm_latency.costs.bytes_moved import element_bytes
 from vlm_latency.costs.hardware import Hardware, as_hardware
 from vlm_latency.costs.model import CostModel, differences, without
 from vlm_latency.costs.roofline import roofline_ms, utilisation
-from vlm_latency.costs.shapes import PARTS, TIMES, RequestShape
+from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.errors import UserError
+from vlm_latency.records import COST_PARTS, COST_TIMES, ESTIMATORS
 
 logger = logging.getLogger(__name__)
-
-ESTIMATORS = {"analytic": "analytic", "counted": "counted", "parameter_rule": "rule"}
 
 # A share of the peak that no measurement error explains: ceilings are measured to some per cent.
 BEYOND = 1.25
@@ -87,7 +86,7 @@ def add_costs(
         if str(name).startswith(("flops_", "bytes_", "launches_", "predicted_")):
             added[name] = added[name].astype("Int64")
     if machine is not None:
-        for part, column in TIMES.items():
+        for part, column in COST_TIMES.items():
             if column in records:
                 time = records[column].to_numpy(dtype=float)
                 flops = added[f"flops_{part}_analytic"].to_numpy(dtype=float, na_value=np.nan)
@@ -111,7 +110,7 @@ def cost_columns(
     """Everything that follows from shapes alone, by column name; arrays as long as `shape`'s."""
     flops, unknown, notes = _all_flops(costs, shape, counted)
     launches = _where_it_runs("launches", lambda: costs.launches(shape), notes)
-    chosen = flops[ESTIMATORS[estimator]]
+    chosen = flops[ESTIMATORS[estimator].removeprefix("_")]
     if estimator == "analytic" and counted and unknown:
         chosen = {part: flops["counted" if part in unknown else "analytic"][part] for part in PARTS}
         chosen["total"] = sum(chosen.values())
@@ -120,12 +119,12 @@ def cost_columns(
                 unknown[part] += f" (flops_{part} is the counted number)"
     moved = without(costs.bytes_moved(shape, dtype), unknown)
     columns: dict[str, Any] = {}
-    for part in (*PARTS, "total"):
+    for part in COST_PARTS:
         columns[f"flops_{part}"] = chosen[part]
     for name, values in flops.items():
-        for part in (*PARTS, "total"):
+        for part in COST_PARTS:
             columns[f"flops_{part}_{name}"] = values[part]
-    for part in (*PARTS, "total"):
+    for part in COST_PARTS:
         columns[f"bytes_{part}"] = moved[part]
         columns[f"launches_{part}"] = launches[part]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -171,7 +170,7 @@ def _no_columns(reason: str, counted: bool, hardware: Hardware | None) -> dict[s
     """The same columns, empty, of a model whose costs are not known at all."""
     names = ["predicted_kv_cache_bytes", "predicted_peak_memory_bytes"]
     kinds = ["", "_rule", "_analytic", "_analytic_causal", *(["_counted"] if counted else [])]
-    for part in (*PARTS, "total"):
+    for part in COST_PARTS:
         names += [f"flops_{part}{kind}" for kind in kinds]
         names += [f"{what}_{part}" for what in ("bytes", "launches", "arithmetic_intensity")]
         if hardware is not None:
@@ -206,4 +205,4 @@ def _where_it_runs(
         logger.warning("%s cannot be counted on the meta device: %s", what, error)
         reason = " ".join(str(error).split()) or type(error).__name__
         notes.append(f"not verified: {what} cannot be counted on the meta device: {reason}")
-        return dict.fromkeys((*PARTS, "total"), np.nan)
+        return dict.fromkeys(COST_PARTS, np.nan)

@@ -20,6 +20,7 @@ from vlm_latency.errors import DataError, blaming
 from vlm_latency.experiments import EXPERIMENTS, LanguageSampling
 from vlm_latency.models import ModelHandle
 from vlm_latency.option_groups import CompareOptions, DatasetOptions
+from vlm_latency.option_types import OUTPUT_RULES
 from vlm_latency.options import ModelOptions
 from vlm_latency.records import REQUEST_COLUMNS, typed
 from vlm_latency.results import Run, read_earlier, read_json, read_run, result_path
@@ -171,12 +172,12 @@ class GivenRequests(ReadOnly):
                 f"{self._experiment}"
             )
         lengths = issubclass(EXPERIMENTS[self._experiment].sampling or object, LanguageSampling)
-        rules = "" if lengths else "natural|answer|none|"
+        rules = () if lengths else OUTPUT_RULES
         for rule in table["output_length"].fillna("nothing").unique():
-            if not re.fullmatch(rules + "≤?[1-9][0-9]*", rule):
+            if not re.fullmatch("|".join((*rules, "≤?[1-9][0-9]*")), rule):
                 raise DataError(
                     f"{path}: output_length {rule!r} is not a rule of {self._experiment}; expected "
-                    f"{rules.replace('|', ', ')}a number, or ≤ and a number"
+                    f"{', '.join((*rules, 'a number'))}, or ≤ and a number"
                 )
 
     def _describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from vlm_latency.records import Row
+from vlm_latency.records import UNTIL_FIRST_TOKEN, Row, ok_rows
 
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 ENOUGH_PAIRS = 6  # from six on, a median's interval has two ends
 SMALLEST_COST = 0.05  # of the second visit: less than this is not worth a visit
-PARTS = ("T_vision_encoder", "T_projector", "T_LLM_prefill")
 
 PROMPT_LENGTH, KEY_LENGTH = "prompt length", "key length of a decode step"
 
@@ -143,14 +142,15 @@ def found_in_runs(runs: pd.DataFrame) -> tuple[Novelty, Novelty]:
         Of prompt lengths, by the time to the first token; of key lengths, by the decode step.
     """
     prompt, key = Novelty(PROMPT_LENGTH), Novelty(KEY_LENGTH)
-    shown = runs[(runs["status"] == "ok") & runs["first_of_length"].notna()]
+    shown = ok_rows(runs)
+    shown = shown[shown["first_of_length"].notna()]
     shape = ["num_crops", "num_vision_patches", "num_total_tokens"]
     for _, same in shown.groupby(shape):
         new = same["first_of_length"].astype(bool)
         if new.any() and not new.all():
             first, later = same[new].iloc[0], same[~new]
             _pair(prompt, float(first["T_first_token"]), float(later["T_first_token"].median()))
-            for name in PARTS:
+            for name in UNTIL_FIRST_TOKEN:
                 if pd.notna(first[name]) and pd.notna(first["T_first_token"]):
                     parts = prompt.parts.setdefault(name, [])
                     parts.append(float(first[name] - later[name].median()))

@@ -23,6 +23,7 @@ from vlm_latency.instrument.lengths import Met, prompt_of
 from vlm_latency.instrument.noise import GpuProbe, NoiseProbe, QuietHost, host_canary_ms
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.instrument.warmup import Visit, WarmUp, shape_of, survive
+from vlm_latency.journal import session_ratios
 from vlm_latency.models import thread_count
 from vlm_latency.models.requests import check_prompt
 from vlm_latency.options import CAPTURED, COMPILED, MeasurementOptions
@@ -74,24 +75,10 @@ class SessionLog:
     lengths: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, object] = field(default_factory=dict)
 
-    @property
-    def harness_ratio(self) -> float | None:
-        """Wall time without warm-up over what was measured and preprocessed; 1 wastes nothing."""
-        useful = self.measured_s + self.preprocess_s
-        return (self.wall_s - self.warmup_s) / useful if useful else None
-
-    @property
-    def warmup_share(self) -> float | None:
-        """Share of the wall time that was spent warming up."""
-        return self.warmup_s / self.wall_s if self.wall_s else None
-
     def to_dict(self) -> dict[str, object]:
-        """Give everything as JSON-able data, both ratios included."""
-        return {
-            **vars(self),
-            "harness_ratio": self.harness_ratio,
-            "warmup_share": self.warmup_share,
-        }
+        """Give everything as JSON-able data, with what `journal.session_ratios` makes of it."""
+        warmup_share, harness_ratio = session_ratios([vars(self)])
+        return {**vars(self), "harness_ratio": harness_ratio, "warmup_share": warmup_share}
 
 
 class Session:

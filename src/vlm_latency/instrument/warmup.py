@@ -19,8 +19,9 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from vlm_latency.errors import ModelError
-from vlm_latency.instrument.lengths import ENOUGH_PAIRS, PARTS, Met, Prompt
+from vlm_latency.instrument.lengths import ENOUGH_PAIRS, Met, Prompt
 from vlm_latency.options import MeasurementOptions
+from vlm_latency.records import UNTIL_FIRST_TOKEN
 
 if TYPE_CHECKING:
     from vlm_latency.models.requests import Prepared, TokenCounts
@@ -162,7 +163,7 @@ class WarmUp:
             first, again = visits
             cost.first_ms.append(first.timed_ms)
             cost.again_ms.append(again.timed_ms)
-            for name in PARTS:
+            for name in UNTIL_FIRST_TOKEN:
                 if first.times.get(name) is not None:
                     differences = cost.parts.setdefault(name, [])
                     differences.append(first.times[name] - again.times[name])

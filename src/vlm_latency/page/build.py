@@ -15,6 +15,7 @@ import pandas as pd
 
 from vlm_latency import __version__
 from vlm_latency.experiments import studies
+from vlm_latency.journal import session_ratios
 from vlm_latency.options import PRESETS, Options
 from vlm_latency.page.collect import Study
 from vlm_latency.plots.notation import interval, number
@@ -370,14 +371,10 @@ def _coverage(found: Mapping[str, Study]) -> list[dict[str, Any]]:
 
 def _harness(sessions: list[Mapping[str, Any]]) -> tuple[str, str]:
     """Tell what share of the wall time warmed up, and what the rest was worth."""
-    wall, warmup, measured, preprocess = (
-        sum(session.get(f"{part}_s") or 0 for session in sessions)
-        for part in ("wall", "warmup", "measured", "preprocess")
-    )
-    useful = measured + preprocess
+    share, ratio = session_ratios(sessions)
     return (
-        f"{number(100 * warmup / wall)} %" if wall else "",
-        number((wall - warmup) / useful) if useful else "",
+        "" if share is None else f"{number(100 * share)} %",
+        "" if ratio is None else number(ratio),
     )
 
 

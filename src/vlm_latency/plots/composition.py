@@ -21,13 +21,12 @@ from vlm_latency.plots.style import (
     jitter,
     legend,
     nothing,
-    ok_rows,
     panels,
     point_style,
     small,
     whiskers,
 )
-from vlm_latency.records import COMPONENTS
+from vlm_latency.records import COMPONENTS, ok_rows
 
 PARTS = {
     "params_vision_encoder": ("vision encoder", COLOURS["T_vision_encoder"]),

@@ -25,13 +25,13 @@ from vlm_latency.plots.style import (
     jitter,
     legend,
     nothing,
-    ok_rows,
     panels,
     point_style,
     readable_log,
     small,
     whiskers,
 )
+from vlm_latency.records import ok_rows
 
 if TYPE_CHECKING:
     from vlm_latency.statistics import Estimate, Summary, VarianceBudget

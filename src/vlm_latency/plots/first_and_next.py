@@ -22,9 +22,9 @@ from vlm_latency.plots.style import (
     small,
     whiskers,
 )
+from vlm_latency.records import UNTIL_FIRST_TOKEN
 
 BEFORE = "T_preprocess"
-STACKED = ("T_vision_encoder", "T_projector", "T_LLM_prefill")
 
 
 def first_and_next(
@@ -69,7 +69,7 @@ def _first(axes: Axes, results: Mapping[str, Mapping[str, Statistic]]) -> None:
 
     for i, parts in enumerate(results.values()):
         start, total = 0.0, ends(parts.get("T_first_token"))[0]
-        for name in STACKED:
+        for name in UNTIL_FIRST_TOKEN:
             value = ends(parts.get(name))[0]
             if value > 0:
                 bar(name, i - 0.1, value, start, 0.45)

@@ -20,12 +20,12 @@ from vlm_latency.plots.style import (
     headline,
     legend,
     nothing,
-    ok_rows,
     panels,
     point_style,
     small,
     whiskers,
 )
+from vlm_latency.records import ok_rows
 
 if TYPE_CHECKING:
     from vlm_latency.statistics import BandedFit, Estimate

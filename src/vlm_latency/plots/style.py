@@ -381,11 +381,6 @@ def whiskers(statistic: Statistic, scale: float = 1.0) -> NDArray[np.float64]:
     return scale * np.array([[below], [above]])
 
 
-def ok_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the runs that failed."""
-    return records[records["status"] == "ok"] if "status" in records else records
-
-
 def column(records: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """Return a column as floats, NaN where it was not measured or does not exist."""
     if name not in records:

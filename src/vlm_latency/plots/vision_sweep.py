@@ -22,10 +22,10 @@ from vlm_latency.plots.style import (
     headline,
     legend,
     nothing,
-    ok_rows,
     panels,
     point_style,
 )
+from vlm_latency.records import UNTIL_FIRST_TOKEN, ok_rows
 
 if TYPE_CHECKING:
     from vlm_latency.statistics import BandedFit
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PANELS = {
     "total": ("Whole request", ("T_total",)),
     "prefill": ("LLM prefill", ("T_LLM_prefill",)),
-    "components": ("Components", ("T_vision_encoder", "T_projector", "T_LLM_prefill")),
+    "components": ("Components", UNTIL_FIRST_TOKEN),
 }
 
 

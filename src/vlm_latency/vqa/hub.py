@@ -24,23 +24,13 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.hub import reachable, unreachable
+from vlm_latency.option_groups import ColumnNames
 from vlm_latency.vqa.source import QuestionSource, identifier, majority, question_table
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _log = logging.getLogger(__name__)
-
-COLUMNS: dict[str, str | None] = {
-    "question": "question",
-    "question_id": "question_id",
-    "image_id": "image_id",
-    "image": "image",
-    "answers": "answers",
-    "answer": "multiple_choice_answer",
-    "question_type": "question_type",
-    "answer_type": "answer_type",
-}
 
 
 def open_hub(
@@ -59,7 +49,7 @@ def open_hub(
     revision
         Branch, tag or commit; the commit it stands for is recorded in the source's details.
     columns
-        What the dataset calls ``COLUMNS``; question and image are needed. Without question or
+        What the dataset calls the `ColumnNames`; question and image are needed. Without question or
         image ids, each row is its own question and image, numbered from 1.
     image_cache
         Where drawn images are kept, in one folder per dataset, commit and split.
@@ -73,7 +63,7 @@ def open_hub(
     if image_cache is None:
         raise DataError("dataset.source=hub needs a folder for the drawn images (image_cache)")
     files, commit = _parquet_files(hub_id, revision, split)
-    names = COLUMNS | dict(columns or {})
+    names = ColumnNames.model_validate(columns or {}).model_dump()
     texts: dict[str, list[Any]] = {}
     groups: list[_RowGroup] = []
     for file in files:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from vlm_latency.errors import DataError
+from vlm_latency.option_types import output_length
 from vlm_latency.records import REQUEST_COLUMNS, typed
 from vlm_latency.vqa.images import MAX_SIDE, at_size, image_size, noise_recipe, read_file, sha256
 from vlm_latency.vqa.source import QuestionSource
@@ -235,14 +236,10 @@ def _sweep_row(request_id: str, width: int, height: int, seed: int, n: int) -> d
 
 
 def _output_length(value: str | int) -> str:
-    text = str(value)
-    if text in ("natural", "answer", "none") or (
-        text.isascii() and text.isdecimal() and int(text) > 0
-    ):
-        return text
-    raise DataError(
-        f"output_length {value!r} is not a rule; expected natural, answer, none or a number ≥ 1"
-    )
+    try:
+        return output_length(value)
+    except ValueError as error:
+        raise DataError(f"output_length {value!r} is not a rule; {error}") from None
 
 
 def _sample(source: QuestionSource, sampling: Sampling) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from vlm_latency.option_groups import CompareOptions
 from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting import results
 from vlm_latency.pipelines.reporting.results import marks
-from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
+from vlm_latency.records import COMPONENTS, SCHEMA_VERSION, ok_rows
 from vlm_latency.results import Run
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _compare_variants(
         },
         "coverage": {
             "planned": len(measured),
-            "measured": int((measured["status"] == "ok").sum()),
+            "measured": len(ok_rows(measured)),
             "failed": int((measured["status"] == "failed").sum()),
             "failures": measured["error"].value_counts().head(5).to_dict(),
         },

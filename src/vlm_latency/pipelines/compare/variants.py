@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vlm_latency.options import MeasurementOptions, Options
+from vlm_latency.records import ok_rows, with_hashes
 
 if TYPE_CHECKING:
     from vlm_latency.api import ModelComparison
@@ -26,7 +27,6 @@ def draw(settings: Options, variants: Variants) -> pd.DataFrame:
         When there are not as many as asked for.
     """
     from vlm_latency import vqa
-    from vlm_latency.records import with_hashes
 
     asked = settings.compare
     sampling = vqa.Sampling(num_samples=asked.num_samples, one_question_per_image=True)
@@ -70,7 +70,7 @@ def judge(settings: Options, variants: Variants, measured: pd.DataFrame) -> Mode
     """Compare each variant with the first over the pairs of runs."""
     from vlm_latency.api import ModelComparison
 
-    done = measured[measured["status"] == "ok"]
+    done = ok_rows(measured)
     records = {name: done[done["model"] == name] for name in variants.models}
     return ModelComparison.of(records, settings.compare.margin)
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions, Options
-from vlm_latency.records import COMPONENTS, measured_table, with_hashes
+from vlm_latency.records import COMPONENTS, COST_TIMES, measured_table, with_hashes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -219,11 +219,10 @@ def components(
         ``wall`` and as a share of the machine's ceilings, ``bound`` (see `attribution.bound`) and
         beside it what the roofline says without any measurement of the model.
     """
-    from vlm_latency.costs.shapes import TIMES
     from vlm_latency.instrument.attribution import bound
     from vlm_latency.statistics import percentile
 
-    part_of = {column: part for part, column in TIMES.items()}
+    part_of = {column: part for part, column in COST_TIMES.items()}
     peaks = {"flops": ceilings.get("flops_per_s"), "bytes": ceilings.get("bytes_per_s")}
     found: dict[str, dict[str, Any]] = {}
     for name in COMPONENTS:

@@ -14,7 +14,7 @@ from vlm_latency.errors import MeasurementError
 from vlm_latency.experiments import BASELINE
 from vlm_latency.journal import BEGAN, RUN
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.records import MEASURED_COLUMNS, Row, typed
+from vlm_latency.records import MEASURED_COLUMNS, Row, ok_rows, typed
 from vlm_latency.shards import deal, difference, gather, journals_of_shards, rare
 from vlm_latency.workers.asked import describe, needs_workers, settled
 
@@ -111,7 +111,7 @@ def measure(
         plan = _part_of(plan, part, _shapes(requests, model), name)
     _say_what_lies_there(options, environment, journal)
     finished = journal.read(mark)
-    held = plan[RUN].merge(finished[finished["status"] == "ok"], on=RUN)[RUN]
+    held = plan[RUN].merge(ok_rows(finished), on=RUN)[RUN]
     if not _worth_measuring(options, len(held), len(plan)):
         return
     began = {key: value for key, value in environment.items() if key != "conditions"}
@@ -322,7 +322,7 @@ def collect(
             f"{name}' again with the same parameters to measure the other {missing}, or report on "
             "the part with measurement.allow_partial=true"
         )
-    if runs.empty or not (runs["status"] == "ok").any():
+    if ok_rows(runs).empty:
         raise MeasurementError(f"{name}: no run succeeded; nothing to report")
     failed = runs[runs["status"] == "failed"]
     reasons = failed["error"].value_counts().head(5)
@@ -338,7 +338,7 @@ def collect(
         "sessions": sessions,
         "lengths": lengths,
     }
-    if spread := between_workers(runs[runs["status"] == "ok"]):
+    if spread := between_workers(ok_rows(runs)):
         notes = [note for session in sessions for note in session.get("notes") or ()]
         coverage["workers"] = {**spread.to_dict(), "notes": list(dict.fromkeys(notes))}
         log.info("%s: %s", name, spread.sentence)

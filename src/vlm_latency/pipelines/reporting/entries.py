@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from vlm_latency.records import COST_PARTS, INPUT_COLUMNS, TIME_COLUMNS
+from vlm_latency.records import COST_PARTS, ESTIMATORS, INPUT_COLUMNS, TIME_COLUMNS, ok_rows
 
 # What an entry holds beside its times and counts; everything else is in the records.
 _ENTRY_TEXTS = ("grid", "resolution", "pair", "generated_text", "image_id", "question_id")
@@ -24,9 +24,7 @@ COSTS = tuple(
     f"{kind}_{part}{suffix}"
     for part in COST_PARTS
     for kind, suffix in (
-        ("flops", "_analytic"),
-        ("flops", "_counted"),
-        ("flops", "_rule"),
+        *(("flops", suffix) for suffix in ESTIMATORS.values()),
         ("bytes", ""),
         ("launches", ""),
         ("roofline_ms", ""),
@@ -40,7 +38,7 @@ _QUESTION_KEYS = {"example_id": "question_id", "T_data_processing": "T_preproces
 
 def succeeded(records: pd.DataFrame) -> pd.DataFrame:
     """Give the runs that succeeded; failed ones are counted, never averaged."""
-    return records[records["status"] == "ok"].reset_index(drop=True)
+    return ok_rows(records).reset_index(drop=True)
 
 
 def clusters(rows: pd.DataFrame) -> pd.Series:

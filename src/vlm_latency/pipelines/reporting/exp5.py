@@ -13,6 +13,7 @@ from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import results
 from vlm_latency.plots.notation import interval
+from vlm_latency.records import ESTIMATORS, SHAPE
 from vlm_latency.results import entry_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vlm_latency.statistics import Claim, Estimate
 
 SWEEPS = {"exp3": "num_vision_tokens", "exp4": "num_output_tokens"}
-SUFFIXES = {"analytic": "_analytic", "counted": "_counted", "parameter_rule": "_rule"}
 # What a TFLOP costs where: regime → (sweep, part).
 REGIMES = {
     "encoder": ("exp3", "vision", "T_vision_encoder"),
@@ -64,7 +64,7 @@ def report(
     environment, marks = _environment(sweeps, notes)
     estimators = {
         name: _association(points, f"flops_total{suffix}", notes)
-        for name, suffix in SUFFIXES.items()
+        for name, suffix in ESTIMATORS.items()
         if f"flops_total{suffix}" in points
     }
     ceilings = vision.get("ceilings") or language.get("ceilings") or {}
@@ -127,7 +127,7 @@ def _same_model(sweeps: Mapping[str, dict[str, Any]]) -> None:
 
 def _chosen_flops(points: pd.DataFrame, estimator: str, notes: list[str]) -> pd.DataFrame:
     """Put the chosen estimator's numbers into ``flops_*``, where the results have it."""
-    suffix = SUFFIXES[estimator]
+    suffix = ESTIMATORS[estimator]
     chosen = {
         name.removesuffix(suffix): points[name]
         for name in map(str, points)
@@ -248,7 +248,6 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | No
 def _shape_means(points: pd.DataFrame) -> pd.DataFrame:
     """Average the entries of one shape: two of them are no pair of requests that differ."""
     from vlm_latency.costs.prediction import shapes
-    from vlm_latency.records import SHAPE
 
     counts = [name for name in SHAPE if name in points and points[name].notna().all()]
     wanted = dict.fromkeys((*counts, "flops_total", "T_total"), "mean") | {"sweep": "first"}
@@ -285,7 +284,6 @@ def _held_out(
     """Predict every shape from the others by FLOPs, tokens and the roofline."""
     from vlm_latency.costs import Hardware, known_device
     from vlm_latency.costs.prediction import predictors, shapes
-    from vlm_latency.records import SHAPE
     from vlm_latency.statistics import cross_validate
 
     needed = [*SHAPE, "T_total"]
