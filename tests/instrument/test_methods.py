@@ -6,18 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vlm_latency.instrument.meter import Meter, quiet
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument import graphs
 from vlm_latency.instrument.clock import HostClock
 from vlm_latency.instrument.methods import (
     METERS,
-    Meter,
     SubtractionMeter,
     TimelineMeter,
     decoder_blocks,
     make_meter,
-    quiet,
 )
 from vlm_latency.instrument.timeline import Timeline
 from vlm_latency.options import COMPILED

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_latency.instrument.methods import DECODE, with_decode
+from vlm_latency.instrument.intervals import DECODE, with_decode
 from vlm_latency.instrument.timeline import Mark, Span, spans
 from vlm_latency.models.boundaries import DECODE_FORWARD
 from vlm_latency.records import COMPONENTS

@@ -35,7 +35,12 @@ ROOT = Path(vlm_latency.__file__).parent
 # measurement; so may the zoo, whose entries are in the conditions themselves.
 MEASURING_CODE = (
     "instrument/clock.py",
+    "instrument/engines.py",
+    "instrument/graphs.py",
+    "instrument/intervals.py",
+    "instrument/kept_cache.py",
     "instrument/lengths.py",
+    "instrument/meter.py",
     "instrument/methods.py",
     "instrument/noise.py",
     "instrument/plan.py",
@@ -46,6 +51,7 @@ MEASURING_CODE = (
     "models/*.py",
     "models/tokenizer.json",
     "molmo/*.py",
+    "reduction/*.py",
     "vqa/images.py",
 )
 

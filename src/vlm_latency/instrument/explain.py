@@ -17,7 +17,7 @@ import pandas as pd
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.attribution import MARK, Share, attribute, ranges
-from vlm_latency.instrument.methods import Meter, Reading
+from vlm_latency.instrument.meter import Meter, Reading
 from vlm_latency.instrument.session import Fetch, Session, SessionLog, undisturbed
 from vlm_latency.option_groups import ExplainOptions
 from vlm_latency.options import MeasurementOptions

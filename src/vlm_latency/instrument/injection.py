@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import torch
 
-from vlm_latency.instrument.methods import DECODE
+from vlm_latency.instrument.intervals import DECODE
 from vlm_latency.instrument.timeline import Mark
 from vlm_latency.models.boundaries import (
     DECODE_FORWARD,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Reading(Protocol):
-    """What one request took; see `vlm_latency.instrument.methods.Reading`."""
+    """What one request took; see `vlm_latency.instrument.meter.Reading`."""
 
     times: dict[str, Any]
     token_ids: list[int]

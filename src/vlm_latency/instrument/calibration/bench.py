@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from vlm_latency.instrument.methods import Meter, Reading
+from vlm_latency.instrument.meter import Meter, Reading
 from vlm_latency.instrument.session import Session
 
 if TYPE_CHECKING:

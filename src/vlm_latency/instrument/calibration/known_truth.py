@@ -21,7 +21,7 @@ from vlm_latency.instrument.injection import (
     regime,
     replayed_encoder,
 )
-from vlm_latency.instrument.methods import OTHER
+from vlm_latency.instrument.intervals import OTHER
 from vlm_latency.instrument.noise import NoiseProbe
 from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.records import Row

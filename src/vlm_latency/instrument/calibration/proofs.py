@@ -8,7 +8,9 @@ import time
 import numpy as np
 
 from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_needed
-from vlm_latency.instrument.methods import METERS, OTHER, Reading, make_meter
+from vlm_latency.instrument.intervals import OTHER
+from vlm_latency.instrument.meter import Reading
+from vlm_latency.instrument.methods import METERS, make_meter
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.records import Row
