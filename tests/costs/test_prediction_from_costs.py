@@ -10,15 +10,17 @@ from vlm_latency.costs import PARTS, CostModel, Hardware, RequestShape
 from vlm_latency.costs.prediction import (
     Predictor,
     calibrate_predictor,
-    latency_grid,
-    predict_workload,
     predictors,
-    pruning_table,
     roofline_terms,
     shapes,
-    workload_columns,
 )
 from vlm_latency.costs.table import cost_columns
+from vlm_latency.costs.workload import (
+    latency_grid,
+    predict_workload,
+    pruning_table,
+    workload_columns,
+)
 from vlm_latency.errors import UserError
 from vlm_latency.statistics import Estimate, cross_validate
 

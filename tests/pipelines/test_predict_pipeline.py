@@ -20,9 +20,9 @@ CEILINGS = {"flops_per_s": 5e10, "bytes_per_s": 1e10, "launch_overhead_us": 2.0,
 def measured() -> tuple[dict[str, Any], dict[str, Any]]:
     """What exp3 and exp4 would say if every part took three times what it takes at the ceiling."""
     from vlm_latency.costs import CostModel, Hardware, RequestShape
-    from vlm_latency.costs.shapes import TIMES
     from vlm_latency.costs.table import cost_columns
     from vlm_latency.models import describe
+    from vlm_latency.records import COST_TIMES
 
     costs = CostModel(describe(ModelOptions(name="tiny-molmo")))
     rows = [(size, 1) for size in SIZES] + [(SIZES[2], n) for n in (4, 16, 64)]
@@ -47,10 +47,10 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
         dtype="float32",
     )
     table = table.join(pd.DataFrame(columns))
-    for part, time in TIMES.items():
+    for part, time in COST_TIMES.items():
         table[time] = 3 * table[f"roofline_ms_{part}"]
     table["T_other"] = 1.0
-    table["T_total"] = table[[*TIMES.values(), "T_other"]].sum(axis=1)
+    table["T_total"] = table[[*COST_TIMES.values(), "T_other"]].sum(axis=1)
     about = {"ceilings": CEILINGS, "environment": {"model": {"name": "m", "dtype": "float32"}}}
     return (
         {**about, "results": table[: len(SIZES)].to_dict("records")},

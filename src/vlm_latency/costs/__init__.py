@@ -1,7 +1,8 @@
 """What a request costs, without running it: FLOPs, bytes, launches, memory, and the time they bound.
 
 `add_costs` gives records their columns; `CostModel` answers for single shapes;
-`vlm_latency.costs.prediction` predicts latency from them.
+`vlm_latency.costs.prediction` predicts latency from them, `vlm_latency.costs.workload` that of
+requests that nobody has made.
 """
 
 from vlm_latency.costs.hardware import Hardware, hardware, known_device

@@ -1,42 +1,34 @@
-"""Latency from costs: what predicts it, how well, and what a workload would take.
+"""Latency from costs: what predicts it, and how well.
 
 Four predictors of T_total are compared on held-out shapes (`predictors`): FLOPs alone, tokens, the
 roofline at the hardware's ceilings as they are, and the roofline calibrated. The last learns, for
 each part, how many milliseconds one millisecond at the ceiling really takes: a coefficient each
 for compute, memory and launches, none below zero. Its parts add up to the prediction, so that a
-latency comes with its composition (`calibrate_predictor`, `predict_workload`).
+latency comes with its composition (`calibrate_predictor`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
-from vlm_latency.costs.bytes_moved import element_bytes
 from vlm_latency.costs.hardware import Hardware
-from vlm_latency.costs.model import CostModel
-from vlm_latency.costs.roofline import roofline_ms
-from vlm_latency.costs.shapes import PARTS, RequestShape
+from vlm_latency.costs.shapes import PARTS
 from vlm_latency.errors import UserError
 from vlm_latency.records import COST_TIMES, SHAPE
 from vlm_latency.statistics import AsGiven, Estimate, cross_validate, nnls_relative_fit
 
-# Where a pruned vision token leaves the model: it costs nothing from there on.
-PLACES = ("before the encoder", "after the projector", "at decoder layer")
-
-# What tells one shape from another; runs of one shape are held out together.
 # Prompts that differ by a smaller share are near-twins: one of them tells the other's latency.
 TWINS = 0.05
 
 _PART_TERMS = tuple((part, term) for part in PARTS for term in ("compute", "memory", "launch"))
 _OTHER_TERMS = (("other", "constant"), ("other", "step"))
 TERMS = _PART_TERMS + _OTHER_TERMS
-_TIMES = {**{part: COST_TIMES[part] for part in PARTS}, "other": "T_other"}
+PART_TIMES = {**{part: COST_TIMES[part] for part in PARTS}, "other": "T_other"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class Predictor:
         """
         terms = roofline_terms(table, self.hardware, self.dtype)
         times: dict[str, Any] = {}
-        for part, column in _TIMES.items():
+        for part, column in PART_TIMES.items():
             if self.coefficients is not None:
                 own = [key for key in TERMS if key[0] == part]
                 times[column] = sum(terms[key] * self.coefficients[key] for key in own)
@@ -194,9 +186,11 @@ def predictors(
     nominal = Predictor(None, hardware, dtype).predict(entries)["T_total"].to_numpy()
     found["roofline_nominal"] = (nominal[:, None], AsGiven.fit)
     X = np.column_stack([terms[key] for key in TERMS])
-    if set(_TIMES.values()) <= set(entries) and entries[[*_TIMES.values()]].notna().all(axis=None):
+    if set(PART_TIMES.values()) <= set(entries) and entries[[*PART_TIMES.values()]].notna().all(
+        axis=None
+    ):
         # The measured parts travel with the features, to be fitted and not to be predicted from.
-        times = [_floats(entries, column) for column in _TIMES.values()]
+        times = [_floats(entries, column) for column in PART_TIMES.values()]
         found["roofline_calibrated"] = (np.column_stack([X, *times]), _PartwiseFit)
     else:
         found["roofline_calibrated"] = (X, nnls_relative_fit)
@@ -254,10 +248,10 @@ def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -
     UserError
         Where columns are missing, or there are fewer than three shapes.
     """
-    absent = [column for column in (*_TIMES.values(), "T_total") if column not in entries]
+    absent = [column for column in (*PART_TIMES.values(), "T_total") if column not in entries]
     if absent:
         raise UserError(f"no columns {', '.join(absent)} found, which a calibration needs")
-    entries = entries.dropna(subset=[*_TIMES.values(), "T_total", *SHAPE])
+    entries = entries.dropna(subset=[*PART_TIMES.values(), "T_total", *SHAPE])
     groups = shapes(entries)
     if len(set(groups)) < 3:
         raise UserError(
@@ -301,7 +295,7 @@ class _PartwiseFit:
         from scipy.optimize import nnls
 
         self.coefficients = np.zeros(len(TERMS))
-        for i, part in enumerate(_TIMES):
+        for i, part in enumerate(PART_TIMES):
             own = [j for j, key in enumerate(TERMS) if key[0] == part]
             design = X[:, own] / y[:, None]
             scale = np.abs(design).max(axis=0)
@@ -310,230 +304,6 @@ class _PartwiseFit:
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         return X[:, : len(TERMS)] @ self.coefficients
-
-
-def workload_columns(
-    costs: CostModel,
-    image: tuple[int, int],
-    prompt_tokens: int,
-    output_tokens: ArrayLike,
-    dtype: str,
-    vision_tokens: ArrayLike | None = None,
-    encoded: ArrayLike | None = None,
-) -> pd.DataFrame:
-    """Costs of requests that need not exist: one image size, other numbers of vision tokens.
-
-    Parameters
-    ----------
-    image : (width, height)
-        In pixels.
-    prompt_tokens : int
-        Text tokens of the prompt; the image's special tokens are added.
-    output_tokens, vision_tokens : sequences of one length
-        Tokens written; vision tokens that enter the decoder (default: the image's own).
-    encoded : sequence of float, optional
-        Share of the image's vision work that is done; default: vision tokens over the image's
-        own. FLOPs and activations of encoder and projector are in proportion to it, weights and
-        launches are not.
-    """
-    if costs.unknown:
-        raise UserError(
-            f"no latency of {costs.architecture.name} can be predicted, because its costs are not "
-            "known: " + "; ".join(f"{part}: {why}" for part, why in costs.unknown.items())
-        )
-    own = costs.architecture.image_tokens(*image)
-    outputs = np.asarray(output_tokens, dtype=np.int64)
-    vision = np.broadcast_to(
-        own.num_vision_tokens if vision_tokens is None else np.asarray(vision_tokens), outputs.shape
-    ).astype(np.int64)
-    share = vision / own.num_vision_tokens if encoded is None else np.asarray(encoded)
-    rest = own.num_total_tokens - own.num_vision_tokens + prompt_tokens
-    shape = RequestShape(
-        image_width=np.full_like(outputs, image[0]),
-        image_height=np.full_like(outputs, image[1]),
-        num_total_tokens=vision + rest,
-        num_vision_tokens=np.full_like(outputs, own.num_vision_tokens),
-        num_crops=np.full_like(outputs, own.num_crops),
-        num_vision_patches=np.full_like(outputs, own.num_vision_patches),
-        num_output_tokens=outputs,
-    )
-    flops, moved = costs.flops(shape), costs.bytes_moved(shape, dtype)
-    launches = costs.launches(shape)
-    for part, tally in (("vision", costs.census.vision), ("projector", costs.census.projector)):
-        weights = tally.weights * element_bytes(dtype)
-        flops[part] = flops[part] * share
-        moved[part] = weights + (moved[part] - weights) * share
-    return pd.DataFrame(
-        {
-            "num_vision_tokens": vision,
-            "num_total_tokens": vision + rest,
-            "num_output_tokens": outputs,
-            **{f"flops_{part}": flops[part] for part in PARTS},
-            **{f"bytes_{part}": moved[part] for part in PARTS},
-            **{f"launches_{part}": launches[part] for part in PARTS},
-        }
-    )
-
-
-def predict_workload(
-    costs: CostModel,
-    predictor: Predictor,
-    width: int,
-    height: int,
-    prompt_tokens: int,
-    output_tokens: int,
-) -> dict[str, Any]:
-    """Predict one request without running it.
-
-    Parameters
-    ----------
-    costs : CostModel
-        Of the model in question, calibrated or not.
-    predictor : Predictor
-    width, height : int
-        Of the image, in pixels.
-    prompt_tokens, output_tokens : int
-        Text tokens before, tokens written after.
-
-    Returns
-    -------
-    dict
-        Token counts, milliseconds of each part and ``T_total``, ``T_first_token``,
-        ``T_total_low``, ``T_total_high`` (None without a calibration), ``binds`` (which side of
-        the roofline each part is on), ``predicted_kv_cache_bytes``, ``predicted_peak_memory_bytes``.
-    """
-    table = workload_columns(
-        costs, (width, height), prompt_tokens, [output_tokens], predictor.dtype
-    )
-    row = table.iloc[0].to_dict()
-    predicted = predictor.predict(table)
-    times = {str(name): float(predicted[name].iloc[0]) for name in predicted}
-    own = costs.architecture.image_tokens(width, height)
-    shape = RequestShape(
-        width,
-        height,
-        int(row["num_total_tokens"]),
-        own.num_vision_tokens,
-        own.num_crops,
-        own.num_vision_patches,
-        output_tokens,
-    )
-    binds = {
-        part: roofline_ms(
-            row[f"flops_{part}"],
-            row[f"bytes_{part}"],
-            row[f"launches_{part}"],
-            predictor.hardware,
-            predictor.dtype,
-        )[1]
-        for part in PARTS
-    }
-    first = sum(times[column] for part, column in _TIMES.items() if part != "llm_decode")
-    return {
-        "num_crops": own.num_crops,
-        **{name: int(row[name]) for name in SHAPE[1:]},
-        **{name: None if np.isnan(value) else value for name, value in times.items()},
-        "extrapolated": bool(predictor.outside(table)[0]),
-        "T_first_token": float(first),
-        "binds": binds,
-        "predicted_kv_cache_bytes": int(costs.kv_cache_bytes(shape, predictor.dtype)),
-        "predicted_peak_memory_bytes": int(costs.peak_memory_bytes(shape, predictor.dtype)),
-    }
-
-
-def latency_grid(
-    costs: CostModel,
-    predictor: Predictor,
-    image: tuple[int, int],
-    prompt_tokens: int,
-    vision_tokens: Sequence[int],
-    output_tokens: Sequence[int],
-) -> pd.DataFrame:
-    """Latency over vision tokens × output tokens, one row per cell.
-
-    The vision part is in proportion to that of `image`. Columns: ``num_vision_tokens``,
-    ``num_output_tokens``, what `Predictor.predict` gives, and ``extrapolated``: whether the cell is
-    outside of what was measured.
-    """
-    vision, outputs = (
-        axis.ravel() for axis in np.meshgrid(vision_tokens, output_tokens, indexing="ij")
-    )
-    table = workload_columns(costs, image, prompt_tokens, outputs, predictor.dtype, vision)
-    cells = table[["num_vision_tokens", "num_output_tokens"]].join(predictor.predict(table))
-    return cells.assign(extrapolated=predictor.outside(table))
-
-
-def pruning_table(
-    costs: CostModel,
-    predictor: Predictor,
-    image: tuple[int, int],
-    prompt_tokens: int,
-    output_tokens: int,
-    keep: Sequence[float],
-    drop_layer: int,
-) -> pd.DataFrame:
-    """What dropping vision tokens could win at best, by where they are dropped.
-
-    Before the encoder all parts shrink; after the projector prefill and decode do; at decoder
-    layer k the first k layers still see every token, in prefill and in the cache. Choosing which
-    tokens to drop is taken to cost nothing.
-
-    Parameters
-    ----------
-    keep : sequence of float
-        Shares of the vision tokens kept, 1 for all.
-    drop_layer : int
-        k: number of decoder layers that see all tokens.
-
-    Returns
-    -------
-    DataFrame
-        One row per place and share: ``place``, ``keep``, ``num_vision_tokens`` kept, the columns
-        of `Predictor.predict`, ``speed_up`` (over keeping all) and ``saved_ms``.
-
-    Raises
-    ------
-    UserError
-        For a share outside 0 … 1, or a layer that the decoder has not.
-    """
-    layers = len(costs.census.kv_widths)
-    if not all(0 < share <= 1 for share in keep):
-        raise UserError(f"found keep {list(keep)}; expected shares above 0 and up to 1")
-    if not 0 < drop_layer < layers:
-        raise UserError(
-            f"found drop_layer {drop_layer}; expected 1 … {layers - 1}: the decoder has {layers} "
-            "layers"
-        )
-    own = costs.architecture.image_tokens(*image).num_vision_tokens
-    shares = np.asarray(keep, dtype=float)
-    kept = np.rint(shares * own).astype(np.int64)
-    outputs = np.full_like(kept, output_tokens)
-
-    def columns(tokens: np.ndarray, encoded: np.ndarray) -> pd.DataFrame:
-        return workload_columns(
-            costs, image, prompt_tokens, outputs, predictor.dtype, tokens, encoded
-        )
-
-    everything = np.ones_like(shares)
-    full = columns(np.full_like(kept, own), everything)
-    dropped = columns(kept, everything)
-    # Layers are alike, so a part of them is that part of the work.
-    above = drop_layer / layers
-    mixed = dropped.copy()
-    for name in full.columns[full.columns.str.endswith(("_llm_prefill", "_llm_decode"))]:
-        mixed[name] = above * full[name] + (1 - above) * dropped[name]
-    rows = []
-    for place, table in zip(PLACES, (columns(kept, shares), dropped, mixed), strict=True):
-        times = predictor.predict(table)
-        label = f"{place} {drop_layer}" if place == PLACES[2] else place
-        rows.append(
-            pd.DataFrame({"place": label, "keep": shares, "num_vision_tokens": kept})
-            .join(times)
-            .assign(extrapolated=predictor.outside(table))
-        )
-    found = pd.concat(rows, ignore_index=True)
-    whole = predictor.predict(full)["T_total"].iloc[0]
-    return found.assign(speed_up=whole / found["T_total"], saved_ms=whole - found["T_total"])
 
 
 def _floats(table: pd.DataFrame, column: str) -> np.ndarray:

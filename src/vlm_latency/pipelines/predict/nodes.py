@@ -16,6 +16,7 @@ from vlm_latency.results import entry_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlm_latency.costs.prediction import Predictor
     from vlm_latency.models import ModelHandle
 
 
@@ -41,37 +42,18 @@ def predict(
         Latency with its interval and composition, latency over vision × output tokens, and what
         dropping vision tokens could win.
     """
-    from vlm_latency.costs import CostModel, Hardware, hardware
-    from vlm_latency.costs.prediction import (
-        calibrate_predictor,
-        latency_grid,
-        predict_workload,
-        pruning_table,
-    )
+    from vlm_latency.costs import CostModel
+    from vlm_latency.costs.workload import latency_grid, predict_workload, pruning_table
     from vlm_latency.plots.prediction import predicted_latency
     from vlm_latency.plots.style import FigureContext, Style
 
     asked = settings.predict
-    ceilings = vision.get("ceilings")
-    if not ceilings:
-        raise DataError(
-            "the result of exp3 does not say what its machine can do at most; predict needs the "
-            "results of exp3 and exp4 that 'kedro run --pipeline phase2' writes"
-        )
-    image = asked.image
-    entries = pd.concat(
-        [entry_table(vision, "exp3"), entry_table(language, "exp4")], ignore_index=True
-    )
-    measured_on = (vision.get("environment") or {}).get("model", {})
-    measured_in = measured_on.get("dtype") or ceilings["dtype"]
-    predictor = calibrate_predictor(entries, Hardware.from_ceilings(ceilings), measured_in)
-    if settings.model.dtype != "auto":
-        predictor = replace(predictor, dtype=settings.model.dtype)
-    if asked.hardware:
-        predictor = predictor.on(hardware(asked.hardware))
+    predictor, measured = _calibrated(settings, vision, language)
     costs = CostModel(model.architecture)
-    workload = (image, asked.prompt_tokens)
-    found = predict_workload(costs, predictor, *image, asked.prompt_tokens, asked.output_tokens)
+    workload = (asked.image, asked.prompt_tokens)
+    found = predict_workload(
+        costs, predictor, *asked.image, asked.prompt_tokens, asked.output_tokens
+    )
     grid = latency_grid(
         costs, predictor, *workload, asked.vision_token_grid, asked.output_token_grid
     )
@@ -80,45 +62,18 @@ def predict(
     )
     unit = predictor.interval
     assert unit is not None
-    latency = replace(
-        unit, value=found["T_total"], low=found["T_total_low"], high=found["T_total_high"]
-    )
-    words = (
-        f"{image[0]}x{image[1]} image, {asked.prompt_tokens} prompt tokens, {asked.output_tokens} output "
-        "tokens"
-    )
     notes = [f"no interval: {unit.note}"] if unit.note else []
-    ranges = ", ".join(
-        f"{low:,.0f} … {high:,.0f} {name.removeprefix('num_').replace('_', ' ')}"
-        for name, (low, high) in predictor.measured.items()
-    )
-    if found["extrapolated"]:
-        notes.append(
-            f"an extrapolation: measured were {ranges}; the interval knows nothing of what is "
-            "outside. exp3 (exp3.sampling.max_grid_size) and exp4 (exp4.sampling.max_new_tokens_list) "
-            "can measure more"
-        )
-    elif grid["extrapolated"].any():
-        notes.append(f"× in the map: outside of what was measured ({ranges})")
-    if measured_on.get("name") not in (None, model.options.name):
-        notes.append(
-            f"calibrated on {measured_on['name']}, asked for {model.options.name}: an "
-            "extrapolation, whose interval is only that of the calibrated model"
-        )
-    if predictor.dtype != measured_in:
-        notes.append(
-            f"calibrated in {measured_in}, asked for {predictor.dtype}: the interval is no guarantee "
-            "there"
-        )
-    if predictor.calibrated_on:
-        notes.append(
-            f"calibrated on {predictor.calibrated_on}, scaled to the published peaks of "
-            f"{predictor.hardware.name}: the interval is no guarantee there"
-        )
+    notes += _extrapolations(predictor, found["extrapolated"], grid)
+    notes += _elsewhere(predictor, model.options.name, measured)
     statistics = {
-        "latency": latency,
+        "latency": replace(
+            unit, value=found["T_total"], low=found["T_total_low"], high=found["T_total_high"]
+        ),
         "composition": {name: found[name] for name in COMPONENTS},
-        "workload": words,
+        "workload": (
+            "{}x{} image, ".format(*asked.image)
+            + f"{asked.prompt_tokens} prompt tokens, {asked.output_tokens} output tokens"
+        ),
         "hardware": predictor.hardware.name,
         "dtype": predictor.dtype,
         "held_out_median_error": predictor.median_error,
@@ -131,16 +86,10 @@ def predict(
         marks=tuple(dict.fromkeys((*marks(vision), *marks(language), *notes))),
         model=str(model.options.name),
     )
+    ends = {"T_total": "latency_ms", "T_total_low": "low_ms", "T_total_high": "high_ms"}
     figure = predicted_latency(
         grid.rename(columns={"T_total": "latency_ms"}),
-        pruning.rename(
-            columns={
-                "place": "where",
-                "T_total": "latency_ms",
-                "T_total_low": "low_ms",
-                "T_total_high": "high_ms",
-            }
-        ),
+        pruning.rename(columns={"place": "where", **ends}),
         statistics,
         context,
         Style.of(settings.experiment("predict").figures),
@@ -160,3 +109,67 @@ def predict(
         },
     }
     return result, {"grid": grid, "pruning": pruning}, figure
+
+
+def _calibrated(
+    settings: Options, vision: dict[str, Any], language: dict[str, Any]
+) -> tuple[Predictor, dict[str, Any]]:
+    """Calibrate on both sweeps, for the dtype and device asked for; and tell what was measured."""
+    from vlm_latency.costs import Hardware, hardware
+    from vlm_latency.costs.prediction import calibrate_predictor
+
+    ceilings = vision.get("ceilings")
+    if not ceilings:
+        raise DataError(
+            "the result of exp3 does not say what its machine can do at most; predict needs the "
+            "results of exp3 and exp4 that 'kedro run --pipeline phase2' writes"
+        )
+    entries = pd.concat(
+        [entry_table(vision, "exp3"), entry_table(language, "exp4")], ignore_index=True
+    )
+    model = (vision.get("environment") or {}).get("model", {})
+    dtype = model.get("dtype") or ceilings["dtype"]
+    predictor = calibrate_predictor(entries, Hardware.from_ceilings(ceilings), dtype)
+    if settings.model.dtype != "auto":
+        predictor = replace(predictor, dtype=settings.model.dtype)
+    if settings.predict.hardware:
+        predictor = predictor.on(hardware(settings.predict.hardware))
+    return predictor, {"name": model.get("name"), "dtype": dtype}
+
+
+def _extrapolations(predictor: Predictor, asked: bool, grid: pd.DataFrame) -> list[str]:
+    """Say what lies outside of the token counts that were measured."""
+    ranges = ", ".join(
+        f"{low:,.0f} … {high:,.0f} {name.removeprefix('num_').replace('_', ' ')}"
+        for name, (low, high) in predictor.measured.items()
+    )
+    if asked:
+        return [
+            f"an extrapolation: measured were {ranges}; the interval knows nothing of what is "
+            "outside. exp3 (exp3.sampling.max_grid_size) and exp4 "
+            "(exp4.sampling.max_new_tokens_list) can measure more"
+        ]
+    if grid["extrapolated"].any():
+        return [f"× in the map: outside of what was measured ({ranges})"]
+    return []
+
+
+def _elsewhere(predictor: Predictor, name: str | None, measured: dict[str, Any]) -> list[str]:
+    """Say where another model, dtype or device was measured than the one asked for."""
+    notes = []
+    if measured["name"] not in (None, name):
+        notes.append(
+            f"calibrated on {measured['name']}, asked for {name}: an extrapolation, whose interval "
+            "is only that of the calibrated model"
+        )
+    if predictor.dtype != measured["dtype"]:
+        notes.append(
+            f"calibrated in {measured['dtype']}, asked for {predictor.dtype}: the interval is no "
+            "guarantee there"
+        )
+    if predictor.calibrated_on:
+        notes.append(
+            f"calibrated on {predictor.calibrated_on}, scaled to the published peaks of "
+            f"{predictor.hardware.name}: the interval is no guarantee there"
+        )
+    return notes
