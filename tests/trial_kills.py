@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 PROJECT = Path(__file__).parents[1]
 FAULTS = ("lost", "doubled", "stale", "unable")
@@ -441,6 +443,8 @@ def warm() -> None:
     """Import and start whatever a command needs, in the process that all are forked from."""
     from kedro.framework.startup import bootstrap_project
 
+    # tqdm's own lock is a semaphore that forks share: one killed while it held it stopped all later.
+    tqdm.set_lock(threading.RLock())
     bootstrap_project(PROJECT)
     logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
