@@ -27,11 +27,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from vlm_latency.instrument.meter import quiet, synchronize
 
 from vlm_latency.errors import UserError
 from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_needed
 from vlm_latency.instrument.environment import device_name
+from vlm_latency.instrument.meter import quiet, synchronize
 from vlm_latency.instrument.methods import make_meter
 from vlm_latency.instrument.session import Session, SessionLog, undisturbed
 from vlm_latency.models import load, thread_count

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vlm_latency.instrument.meter import Meter, quiet
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument import graphs
 from vlm_latency.instrument.clock import HostClock
+from vlm_latency.instrument.meter import Meter, quiet
 from vlm_latency.instrument.methods import (
     METERS,
     SubtractionMeter,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vlm_latency.instrument.intervals import intervals
 
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.clock import CudaClock, HostClock
+from vlm_latency.instrument.intervals import intervals
 from vlm_latency.instrument.timeline import Mark, Timeline, partition
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vlm_latency.instrument.intervals import intervals
 
 from tests.reduction.test_reduced_logits import make
 from vlm_latency.errors import UserError
+from vlm_latency.instrument.intervals import intervals
 from vlm_latency.instrument.methods import TimelineMeter
 from vlm_latency.instrument.timeline import Timeline
 from vlm_latency.models import load
