@@ -10,6 +10,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from vlm_latency.datasets import (
 from vlm_latency.datasets.atomic import TEMPORARY, replacing
 from vlm_latency.errors import DataError
 from vlm_latency.journal import Journal
+from vlm_latency.plots.style import FigureContext, Style, panels, plainly, readable_log
 
 TABLE = pd.DataFrame({"name": ["a", "b"], "value": [1.5, None]})
 
@@ -63,6 +66,51 @@ def test_a_file_is_written_whole_into_a_new_folder(
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def report_figure(height: float, ticks: object = plainly) -> Figure:
+    context, style = FigureContext(model="tiny"), Style(dpi=40)
+    with style.applied():
+        drawn, axes = panels(style, context, "a title", [["one"]])
+        axes["one"].plot([1, 10], [1, height])
+        readable_log(axes["one"].xaxis)
+        axes["one"].yaxis.set_major_formatter(ticks)
+    return drawn
+
+
+def test_a_figure_is_drawn_again_only_where_it_would_differ(tmp_path: Path) -> None:
+    path, drawn = tmp_path / "figure.png", tmp_path / "figure.pdf"
+
+    def save(figure: Figure, dpi: int = 40) -> bool:
+        before = path.stat().st_ino if path.exists() else 0
+        FigureFile(filepath=str(path), dpi=dpi).save(figure)
+        return path.stat().st_ino != before and path.stat().st_size > 0
+
+    assert save(report_figure(2.0))
+    assert not save(report_figure(2.0))
+    assert save(report_figure(2.5)) and save(report_figure(2.5), dpi=41)
+    drawn.unlink()
+    assert save(report_figure(2.5), dpi=41) and drawn.exists()
+    path.write_bytes(path.read_bytes()[:-40])
+    assert save(report_figure(2.5), dpi=41)
+    # What a function without a name does cannot be compared.
+    unknown = report_figure(2.5, lambda value, _: f"{value:g}")
+    assert save(unknown, dpi=41) and save(unknown, dpi=41)
+
+
+def test_contents_of_a_figure_are_the_same_in_every_process() -> None:
+    code = f"import runpy; print(runpy.run_path({__file__!r})['report_figure'](2.0).contents)"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }
+    assert found == {f"{report_figure(2.0).contents}\n"}
 
 
 @pytest.mark.parametrize(("kind", "name", "data"), SAVED)

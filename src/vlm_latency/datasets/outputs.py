@@ -14,9 +14,13 @@ from vlm_latency.datasets.atomic import FileDataset, replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CONTENTS = "Contents"  # the field of a PNG that holds the hash of what it shows
+
 
 class FigureFile(FileDataset):
     """A matplotlib figure, saved as PNG and, beside it, as PDF; its caption as text.
+
+    The PNG says of which contents it was drawn: a figure that is there already stays as it is.
 
     Parameters
     ----------
@@ -36,15 +40,29 @@ class FigureFile(FileDataset):
         return self._path.read_bytes()
 
     def save(self, data: Figure) -> None:
-        from kedro_datasets.matplotlib import MatplotlibDataset
-
-        for path in (self._path, self._path.with_suffix(".pdf")):
-            how = {"dpi": self._dpi, "format": path.suffix.removeprefix(".")}
-            with replacing(path) as temporary:
-                MatplotlibDataset(filepath=temporary.as_posix(), save_args=how).save(data)
+        contents = f"{self._dpi} {known}" if (known := getattr(data, "contents", "")) else ""
+        pdf = self._path.with_suffix(".pdf")
+        if not (contents and pdf.exists() and self._drawn_of() == contents):
+            # Last comes the file that says of both what they show.
+            with replacing(pdf) as temporary:
+                data.savefig(temporary, format="pdf")
+            with replacing(self._path) as temporary:
+                said = {CONTENTS: contents}
+                data.savefig(temporary, format="png", dpi=self._dpi, metadata=said)
         if caption := getattr(data, "caption", ""):
             with replacing(self._path.with_suffix(".txt")) as temporary:
                 temporary.write_text(caption, encoding="utf-8")
+
+    def _drawn_of(self) -> str | None:
+        """Read what the PNG says of its contents; None where it is missing or damaged."""
+        from PIL import Image
+
+        try:
+            with Image.open(self._path) as image:
+                image.verify()
+                return image.info.get(CONTENTS)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
 
     def preview(self) -> ImagePreview:
         """Show the figure in Kedro-Viz."""

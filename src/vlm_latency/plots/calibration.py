@@ -21,6 +21,7 @@ from vlm_latency.plots.style import (
     headroom,
     nothing,
     panels,
+    plainly,
     readable_log,
     small,
     whiskers,
@@ -130,7 +131,7 @@ def _errors(axes: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
     axes.axvspan(-1, 1, color="black", alpha=0.1)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(plainly)
     names = [
         f"{LABELS.get(case['component'], case['component'])} {case['delay_ms']:g} ms"
         + (", device" if case.get("kind") == "device" else "")

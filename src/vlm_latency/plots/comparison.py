@@ -17,6 +17,7 @@ from vlm_latency.plots.style import (
     headline,
     nothing,
     panels,
+    plainly,
     small,
     whiskers,
 )
@@ -96,7 +97,7 @@ def ratios(
         plot.axvline(1, color="black", linewidth=0.8)
         if max(shown) / min(shown) > 5:
             plot.set_xscale("log", base=2)
-            plot.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            plot.xaxis.set_major_formatter(plainly)
         plot.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
         plot.set_ylim(len(names) - 0.3, -0.7)
         plot.set_xlabel(f"latency / latency of {baseline}   (below 1: faster)")

@@ -5,12 +5,16 @@ Figures are bare `matplotlib.figure.Figure` objects: no pyplot, no global state,
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import pickle
 import re
 import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
@@ -21,7 +25,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import ScaledTranslation, TransformNode
 from numpy.typing import NDArray
 
 from vlm_latency.option_groups import FigureOptions
@@ -155,6 +159,15 @@ class Style:
         return matplotlib.rc_context(settings)
 
 
+class _Contents(pickle.Pickler):
+    """Writes a figure without the addresses of its objects, which differ each time."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, TransformNode):
+            return NotImplemented
+        return object.__new__, (type(obj),), {**vars(obj), "_parents": None}
+
+
 class ReportFigure(Figure):
     """A figure that keeps its style wherever it is drawn or saved, and knows its caption.
 
@@ -175,9 +188,25 @@ class ReportFigure(Figure):
             super().draw(renderer)
 
     def savefig(self, fname: Any, **kwargs: Any) -> None:
-        """Save under the figure's own settings, at its style's resolution."""
+        """Save under the figure's own settings, at its style's resolution; laid out once."""
         with self.style.applied():
+            if engine := self.get_layout_engine():
+                engine.execute(self)
+                self.set_layout_engine(None)
             super().savefig(fname, **kwargs)
+
+    @property
+    def contents(self) -> str:
+        """A hash of all that the drawing depends on: artists, settings, code; empty if unknown."""
+        buffer = io.BytesIO()
+        try:
+            _Contents(buffer).dump(self)
+        except (pickle.PicklingError, AttributeError, TypeError):  # holds a function without a name
+            return ""
+        with self.style.applied():
+            settings = f"{matplotlib.__version__} {sorted(matplotlib.rcParams.items())}".encode()
+        code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        return hashlib.sha256(buffer.getvalue() + settings + code).hexdigest()
 
     @property
     def caption(self) -> str:
@@ -364,12 +393,17 @@ def nothing(axes: Axes, why: str = "not measured") -> None:
     axes.set_axis_off()
 
 
+def plainly(value: float, _: float = 0) -> str:
+    """Write a tick without an exponent where that is short."""
+    return f"{value:g}"
+
+
 def readable_log(*drawn: Axis) -> None:
     """Label logarithmic axes at 1, 2 and 5 times powers of ten, or at these, without exponents."""
     for axis in drawn:
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_major_formatter(plainly)
         axis.set_minor_locator(NullLocator())
 
 

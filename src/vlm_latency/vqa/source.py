@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,13 @@ class QuestionSource:
             "synthetic": self.synthetic,
             "questions": len(self.table),
             "images": int(self.table["image_id"].nunique()),
-            "sha256": table_sha256(self.table),
+            "sha256": self._sha256,
             **self.details,
         }
+
+    @cached_property
+    def _sha256(self) -> str:
+        return table_sha256(self.table)
 
     def with_images(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The given rows of the table with their images in reach under ``root``."""
