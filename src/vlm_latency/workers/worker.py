@@ -40,6 +40,21 @@ class Work:
     fingerprint: str
     methods: tuple[str, ...] = ()
 
+    def fetch(self) -> Fetch:
+        """Give what reads a request's image."""
+        from vlm_latency.vqa import image_bytes
+
+        return lambda row: image_bytes(row, self.root)
+
+    def on(self, vlm: Any) -> Any:
+        """Put the model under the methods of token reduction that are asked for."""
+        if not self.methods:
+            return vlm
+        from vlm_latency.reduction import method_of
+        from vlm_latency.reduction.vlm import Reduced
+
+        return Reduced(vlm, {name: method_of(name) for name in self.methods})
+
 
 class Worker:
     """One device's process; Ray makes an actor of it.
@@ -100,11 +115,11 @@ class Worker:
         """
         self._log = SessionLog()
         self._runs = measure(
-            self._model(work),
+            work.on(self.handle.vlm),
             work.requests,
             work.measurement,
             planned=planned,
-            fetch=_fetch(work),
+            fetch=work.fetch(),
             template=work.template,
             fingerprint=work.fingerprint,
             worker_index=self.index,
@@ -124,8 +139,8 @@ class Worker:
     def open(self, work: Work) -> None:
         """Warm up for single runs of these requests."""
         self.close()
-        vlm, rows = self._model(work), plain_rows(work.requests)
-        self._session = Session(vlm, work.measurement, _fetch(work), work.template, SessionLog())
+        vlm, rows = work.on(self.handle.vlm), plain_rows(work.requests)
+        self._session = Session(vlm, work.measurement, work.fetch(), work.template, SessionLog())
         self._held.enter_context(undisturbed(vlm))
         vlm.set_threads(self.threads)
         self._held.callback(self._session.close)
@@ -140,18 +155,3 @@ class Worker:
     def close(self) -> None:
         """End what `open` began."""
         self._held.close()
-
-    def _model(self, work: Work) -> Any:
-        """The model, under the methods of token reduction that the work asks for."""
-        if not work.methods:
-            return self.handle.vlm
-        from vlm_latency.reduction import method_of
-        from vlm_latency.reduction.vlm import Reduced
-
-        return Reduced(self.handle.vlm, {name: method_of(name) for name in work.methods})
-
-
-def _fetch(work: Work) -> Fetch:
-    from vlm_latency.vqa import image_bytes
-
-    return lambda row: image_bytes(row, work.root)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlm_latency.models import ModelHandle
     from vlm_latency.option_types import Shard
     from vlm_latency.vqa import QuestionSource
+    from vlm_latency.workers.worker import Work
 
 log = logging.getLogger("vlm_latency")
 
@@ -118,46 +120,50 @@ def measure(
     yield {**head, "rows": [], "session": {BEGAN: began}}  # type: ignore[typeddict-item]
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
     first = 0 if finished.empty else int(finished["order_index"].max()) + 1
-    runs = _measure_here
-    if needs_workers(options.measurement, options.ray):
-        runs = _measure_on_workers
-    for rows, session in runs(options, requests, plan, done, first, model, questions, mark):
+    from vlm_latency.workers.worker import Work
+
+    work = Work(
+        requests,
+        options.measurement,
+        questions.root,
+        options.prompt.template,
+        mark,
+        tuple(name for name in requests["method"].dropna().unique() if name != BASELINE),
+    )
+    spread = needs_workers(options.measurement, options.ray)
+    runs = _measure_on_workers if spread else _measure_here
+    for rows, session in runs(options, work, _Left(plan, done, first), model):
         said = {"session": session} if session else {}
         yield {**head, "rows": rows, **said}  # type: ignore[typeddict-item]
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What a plan leaves to measure: the plan, the runs done, the next ``order_index``."""
+
+    plan: pd.DataFrame
+    done: set[tuple[str, int]]
+    first: int
+
+
 def _measure_here(
-    options: ExperimentOptions,
-    requests: pd.DataFrame,
-    plan: pd.DataFrame,
-    done: set[tuple[str, int]],
-    first: int,
-    model: ModelHandle,
-    questions: QuestionSource,
-    mark: str,
+    options: ExperimentOptions, work: Work, left: _Left, model: ModelHandle
 ) -> Iterator[Made]:
     """Make the runs that are not done in this process."""
     from vlm_latency.instrument.protocol import measure
     from vlm_latency.instrument.session import SessionLog
-    from vlm_latency.vqa import image_bytes
 
     session, part = SessionLog(), options.measurement.shard
-    vlm: Any = model.vlm
-    if methods := _methods(requests):
-        from vlm_latency.reduction import method_of
-        from vlm_latency.reduction.vlm import Reduced
-
-        vlm = Reduced(vlm, {name: method_of(name) for name in methods})
     for rows in measure(
-        vlm,
-        requests,
-        options.measurement,
-        planned=plan,
-        done=done,
-        fetch=lambda row: image_bytes(row, questions.root),
-        template=options.prompt.template,
-        fingerprint=mark,
-        start_index=first,
+        work.on(model.vlm),
+        work.requests,
+        work.measurement,
+        planned=left.plan,
+        done=left.done,
+        fetch=work.fetch(),
+        template=work.template,
+        fingerprint=work.fingerprint,
+        start_index=left.first,
         worker_index=part.number if part else 1,
         log=session,
     ):
@@ -166,46 +172,25 @@ def _measure_here(
 
 
 def _measure_on_workers(
-    options: ExperimentOptions,
-    requests: pd.DataFrame,
-    plan: pd.DataFrame,
-    done: set[tuple[str, int]],
-    first: int,
-    model: ModelHandle,
-    questions: QuestionSource,
-    mark: str,
+    options: ExperimentOptions, work: Work, left: _Left, model: ModelHandle
 ) -> Iterator[Made]:
     """Make the runs that are not done on other devices, or in other processes."""
     from vlm_latency.workers.pool import pool_of
     from vlm_latency.workers.run import measure
-    from vlm_latency.workers.worker import Work
 
     pool, part = pool_of(model, options.measurement, options.ray), options.measurement.shard
     log.info("%s: %s", options.experiment, pool.line())
-    keys = zip(plan["request_id"], plan["run_index"].astype(int), strict=True)
-    left = plan[[key not in done for key in keys]].reset_index(drop=True)
-    shapes = _shapes(requests, model)
+    keys = zip(left.plan["request_id"], left.plan["run_index"].astype(int), strict=True)
+    shapes = _shapes(work.requests, model)
     yield from measure(
         pool,
-        Work(
-            requests,
-            options.measurement,
-            questions.root,
-            options.prompt.template,
-            mark,
-            _methods(requests),
-        ),
-        left,
+        work,
+        left.plan[[key not in left.done for key in keys]].reset_index(drop=True),
         lambda runs, hands: deal(runs, shapes, hands),
-        planned=len(plan),
-        first_order=first,
+        planned=len(left.plan),
+        first_order=left.first,
         first_worker=1 + (part.number - 1) * pool.count if part else 1,
     )
-
-
-def _methods(requests: pd.DataFrame) -> tuple[str, ...]:
-    """Name the methods of token reduction that the requests ask for."""
-    return tuple(name for name in requests["method"].dropna().unique() if name != BASELINE)
 
 
 def _say_what_lies_there(
