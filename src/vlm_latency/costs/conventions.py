@@ -1,9 +1,9 @@
 """FLOPs of token reduction: what runs, and what papers mean by the word.
 
 A decoder whose sequence is shortened at layer K runs its first K layers on all tokens and the
-others on those kept: a prompt has one length per layer (`shortened_prefill`, `shortened_decode`,
-`cache_bytes_by_layer`). Papers count the same prefill in other ways; `CONVENTIONS` names them and
-`table` turns one into another.
+others on those kept: a prompt has one length per layer (`shortened_prefill`, `shortened_decode`).
+Papers count the same prefill in other ways; `CONVENTIONS` names them and `table` turns one into
+another.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
-from vlm_latency.costs.bytes_moved import element_bytes
 from vlm_latency.costs.model import CostModel
 from vlm_latency.costs.shapes import RequestShape
 from vlm_latency.costs.units import Census, cache_sum
@@ -69,20 +67,6 @@ def shortened_decode(census: Census, lengths: Sequence[int], steps: int) -> int:
         if "sliding_pair" in layer:
             work += layer["sliding_pair"] * int(cache_sum(n, steps, census.sliding_window))
     return int(work)
-
-
-def cache_bytes_by_layer(
-    census: Census, lengths: Sequence[int], steps: int, dtype: str
-) -> np.ndarray:
-    """Bytes of keys and values that each layer holds after prefill and `steps` decode forwards."""
-    held = [length + steps for length in _checked(census, lengths)]
-    return np.array(
-        [
-            width * min(n, window - 1 if window else n) * element_bytes(dtype)
-            for (width, window), n in zip(census.kv_widths, held, strict=True)
-        ],
-        dtype=np.int64,
-    )
 
 
 @dataclass(frozen=True)

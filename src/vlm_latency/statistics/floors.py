@@ -124,17 +124,7 @@ def floor_and_line(
 
     floor, slope = profile("floor"), profile("slope")
     line = _fit(x, y, weight, kinds[:1])
-    half = np.sqrt(
-        line["rss"][0] / (points - 2) / line["slope_information"][0]
-    ) * scipy.stats.t.ppf((1 + level) / 2, points - 2)
-    of_line = Estimate(
-        float(line["slope"][0]),
-        float(line["slope"][0] - half),
-        float(line["slope"][0] + half),
-        level,
-        n,
-        f"least squares of relative errors on {points} points",
-    )
+    of_line = _slope(line, points, level, n)
     bend = float(bends[best])
     if p < 1 - level and value["slope"] > 0:
         first, last = map(float, bends[inside][[0, -1]])
@@ -158,6 +148,15 @@ def floor_and_line(
         holds, p, floor if holds == "floor" else none(note), of_line, none(note), n, points,
         method, note, (start, of_line.value or 0.0, float(kinds[0])),
     )  # fmt: skip
+
+
+def _slope(line: dict[str, Floats], points: int, level: float, n: int) -> Estimate:
+    """Give the slope of the one line with its interval."""
+    value = float(line["slope"][0])
+    error = np.sqrt(line["rss"][0] / (points - 2) / line["slope_information"][0])
+    half = float(error * scipy.stats.t.ppf((1 + level) / 2, points - 2))
+    method = f"least squares of relative errors on {points} points"
+    return Estimate(value, value - half, value + half, level, n, method)
 
 
 def _slack(rss: Floats, points: int, level: float) -> Floats:

@@ -157,24 +157,8 @@ def variance_budget(
     design = np.column_stack([np.ones(n), *blocks.values(), (y - y.mean()) / scale])
     within = np.column_stack([deviation / scale**2, counts - 1, 1 / counts, np.ones(n)])
     sums = _sums_per_cluster(design, within, image[first])
-    widths = [blocks[name].shape[1] for name in names]
-    total = sums.sum(axis=0)
-    value = np.array(_shares(total, widths))
-    groups = np.arange(len(sums)) % MOST_GROUPS
-    parts = [sums[groups == group].sum(axis=0) for group in range(int(groups.max()) + 1)]
-    moved = np.empty((0, value.size))
-    if len(parts) > 1:
-        moved = np.array([_shares(total - part, widths) for part in parts]) - value
-    # A few repeats may agree by chance: noise is known no better than normal noise would be.
-    ours, more = float(value[-2]), int((counts - 1).sum())
-    least = 0.0 if math.isnan(ours) else ours * (1 - ours) * math.sqrt(2 / more)
-    shares = {
-        name: _estimate(float(value[i]), moved[:, i], freedom, level, n, method, floor)
-        for i, (name, freedom, floor) in enumerate(
-            [*((name, len(parts) - 1, 0.0) for name in names)]
-            + [(name, min(repeated, len(parts)) - 1, least) for name in ("noise", "unexplained")]
-        )
-    }
+    widths = {name: block.shape[1] for name, block in blocks.items()}
+    shares = _jackknifed(sums, widths, counts, level, method)
     fitted = design[:, :-1] @ np.linalg.lstsq(design[:, :-1], y, rcond=None)[0]
     tail = runs[:, 0] > np.percentile(runs[:, 0], TAIL)
     if tail.any():
@@ -199,6 +183,29 @@ def variance_budget(
         repeated,
         method,
     )
+
+
+def _jackknifed(
+    sums: Floats, widths: Mapping[str, int], counts: np.ndarray, level: float, method: str
+) -> dict[str, Estimate]:
+    """Give every share its interval, from the shares without one group of images each."""
+    names, repeated = list(widths), int((counts > 1).sum())
+    total = sums.sum(axis=0)
+    value = np.array(_shares(total, list(widths.values())))
+    groups = np.arange(len(sums)) % MOST_GROUPS
+    parts = [sums[groups == group].sum(axis=0) for group in range(int(groups.max()) + 1)]
+    moved = np.empty((0, value.size))
+    if len(parts) > 1:
+        moved = np.array([_shares(total - part, list(widths.values())) for part in parts]) - value
+    # A few repeats may agree by chance: noise is known no better than normal noise would be.
+    ours, more = float(value[-2]), int((counts - 1).sum())
+    least = 0.0 if math.isnan(ours) else ours * (1 - ours) * math.sqrt(2 / more)
+    freedoms = [(name, len(parts) - 1, 0.0) for name in names]
+    freedoms += [(name, min(repeated, len(parts)) - 1, least) for name in ("noise", "unexplained")]
+    return {
+        name: _estimate(float(value[i]), moved[:, i], freedom, level, counts.size, method, floor)
+        for i, (name, freedom, floor) in enumerate(freedoms)
+    }
 
 
 def _columns(values: Floats, categorical: bool) -> Floats:

@@ -14,7 +14,7 @@ from vlm_latency.plots.notation import interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlm_latency.statistics import Estimate, FloorAndLine
+    from vlm_latency.statistics import Claim, Estimate, FloorAndLine
 
 FITTED = ("T_total", "T_first_token", "T_vision_encoder", "T_projector", "T_LLM_prefill")
 
@@ -34,7 +34,6 @@ def report(
     result, tables, figure
         ``exp3_vision_tokens_vs_latency`` as JSON, tables for people, and the figure.
     """
-    from vlm_latency import statistics as st
     from vlm_latency.plots.style import Style
     from vlm_latency.plots.vision_sweep import vision_tokens_vs_latency
 
@@ -43,6 +42,33 @@ def report(
     environment = {**environment, "dataset": {**environment["dataset"], "synthetic": made}}
     coverage = results.with_cost_notes(coverage, records)
     rows = entries.succeeded(records)
+    found = _statistics(options, rows)
+    claims = _claims(found)
+    finding = _finding(found, options.figures.vision_axis)
+    figure = vision_tokens_vs_latency(
+        rows,
+        found,
+        results.context(options, environment, coverage, finding),
+        Style.of(options.figures),
+    )
+    table = entries.averaged(records, requests, entries.COSTS)
+    result = {
+        "results": entries.entry_dicts(table),
+        "ceilings": ceilings,
+        **results.frame(options, environment, coverage, found, claims, finding),
+    }
+    tables = {
+        "paper": results.paper_table("exp3", found),
+        "grids": _grids(table),
+        "slopes": results.slopes_table(found["lines"]),
+    }
+    return result, tables, figure
+
+
+def _statistics(options: ExperimentOptions, rows: pd.DataFrame) -> dict[str, Any]:
+    """Fit, test and count what the sweep tells."""
+    from vlm_latency import statistics as st
+
     notes = results.not_computed(rows)
     axis = f"num_vision_{options.figures.vision_axis}"
     tokens, request = rows[axis].astype(float), rows["request_id"]
@@ -64,7 +90,7 @@ def report(
     )
     encoder = _crops_and_tokens(rows, "T_vision_encoder", notes)
     prefill = _crops_and_tokens(rows, "T_LLM_prefill", notes)
-    found = {
+    return {
         "axis": axis,
         "sizes": sorted(tokens.unique()),
         "fits": results.banded(lines, tokens),
@@ -86,33 +112,23 @@ def report(
         "outliers": results.outliers(rows),
         "notes": notes,
     }
-    prefill_line = lines["T_LLM_prefill"].headline if "T_LLM_prefill" in lines else None
-    growth = prefill_line.growth(tokens.min(), tokens.max()) if prefill_line else None
+
+
+def _claims(found: dict[str, Any]) -> list[Claim]:
+    """Judge the claims on vision tokens."""
+    from vlm_latency import statistics as st
+
+    prefill = found["lines"].get("T_LLM_prefill")
+    line = prefill.headline if prefill else None
+    sizes = found["sizes"]
+    growth = line.growth(sizes[0], sizes[-1]) if line else None
     claims = [
         st.vision_sublinear_claim(found["marginal_change"], found["exponent"]),
-        st.prefill_grows_claim(growth, prefill_line.slope if prefill_line else None),
+        st.prefill_grows_claim(growth, line.slope if line else None),
     ]
-    if (floor := floors.get("T_total")) and floor.holds == "floor and line":
+    if (floor := found["floors"].get("T_total")) and floor.holds == "floor and line":
         claims[0] = replace(claims[0], note=results.sentence(claims[0].note, floor.note))
-    finding = _finding(found, options.figures.vision_axis)
-    figure = vision_tokens_vs_latency(
-        rows,
-        found,
-        results.context(options, environment, coverage, finding),
-        Style.of(options.figures),
-    )
-    table = entries.averaged(records, requests, entries.COSTS)
-    result = {
-        "results": entries.entry_dicts(table),
-        "ceilings": ceilings,
-        **results.frame(options, environment, coverage, found, claims, finding),
-    }
-    tables = {
-        "paper": results.paper_table("exp3", found),
-        "grids": _grids(table),
-        "slopes": results.slopes_table(lines),
-    }
-    return result, tables, figure
+    return claims
 
 
 def _floors(rows: pd.DataFrame, tokens: pd.Series, notes: list[str]) -> dict[str, FloorAndLine]:

@@ -66,34 +66,13 @@ def report(
     for (name, keep), own in rows.groupby(["method", "keep"], sort=False):
         if name == BASELINE:
             continue
-        method = method_of(str(name))
-        found = results.unless_impossible(notes, f"{name}@{keep:g}", _compared, before, own)
-        if found is None:
-            continue
-        paired = before[list(PAIR)].merge(own[list(PAIR)])
-        claimed = _claimed(paired.merge(before), paired.merge(own), model, method, notes)
-        entries.append(
-            {
-                "method": name,
-                "keep": keep,
-                "source": method.source,
-                "deviations": method.deviations,
-                "tokens": st.mean_estimate(own["num_vision_tokens_kept"].astype(float)),
-                "tokens_before": st.mean_estimate(before["num_vision_tokens_kept"].astype(float)),
-                "kv_cache_bytes": float(own["kv_cache_bytes"].mean()),
-                "T_reduction": results.means(own, ["T_reduction"]).get("T_reduction"),
-                "means": results.means(own, [*results.MEANS, REDUCED_PREFILL]),
-                "accuracy": results.accuracy(
-                    own.assign(request_id=own["asked"]), requests, environment
-                ),
-                "claimed": claimed,
-                "measured": {
-                    component: {"speed_up": _inverse(each.ratio), "verdict": each.verdict}
-                    for component, each in found.components.items()
-                },
-                "realised": _realised(found, claimed),
-            }
-        )
+        compared = results.unless_impossible(notes, f"{name}@{keep:g}", _compared, before, own)
+        if compared is not None:
+            entry = _entry(str(name), before, own, compared, model, notes)
+            entry["accuracy"] = results.accuracy(
+                own.assign(request_id=own["asked"]), requests, environment
+            )
+            entries.append(entry)
     entries.sort(key=lambda entry: (entry["method"] != "identity", entry["method"], -entry["keep"]))
     realised = {
         f"{entry['method']}@{entry['keep']:g}": entry["realised"]
@@ -126,6 +105,40 @@ def report(
         **results.frame(options, environment, coverage, statistics, [claim], finding),
     }
     return result, {"paper": _paper(entries, before), "components": _components(entries)}, figure
+
+
+def _entry(
+    name: str,
+    before: pd.DataFrame,
+    own: pd.DataFrame,
+    compared: TableComparison,
+    model: ModelHandle,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Put together what one method at one share claims and wins."""
+    from vlm_latency.reduction import method_of
+    from vlm_latency.statistics import mean_estimate
+
+    method = method_of(name)
+    paired = before[list(PAIR)].merge(own[list(PAIR)])
+    claimed = _claimed(paired.merge(before), paired.merge(own), model, method, notes)
+    return {
+        "method": name,
+        "keep": float(own["keep"].iloc[0]),
+        "source": method.source,
+        "deviations": method.deviations,
+        "tokens": mean_estimate(own["num_vision_tokens_kept"].astype(float)),
+        "tokens_before": mean_estimate(before["num_vision_tokens_kept"].astype(float)),
+        "kv_cache_bytes": float(own["kv_cache_bytes"].mean()),
+        "T_reduction": results.means(own, ["T_reduction"]).get("T_reduction"),
+        "means": results.means(own, [*results.MEANS, REDUCED_PREFILL]),
+        "claimed": claimed,
+        "measured": {
+            component: {"speed_up": _inverse(each.ratio), "verdict": each.verdict}
+            for component, each in compared.components.items()
+        },
+        "realised": _realised(compared, claimed),
+    }
 
 
 def _compared(before: pd.DataFrame, own: pd.DataFrame) -> TableComparison:
