@@ -1,4 +1,4 @@
-"""``kedro run`` for people: an error a user can mend is one message and a non-zero status."""
+"""The command line: an error that a user can fix ends in one message and a non-zero status."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Fact:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What has a pipeline, a result and a place on the page.
+    """A study beside the experiments: a pipeline, a result and a place on the page.
 
     Attributes
     ----------

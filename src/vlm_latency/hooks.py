@@ -128,7 +128,7 @@ class ProjectHooks:
 
     @hook_impl
     def on_pipeline_error(self) -> None:
-        """Let the next command write."""
+        """Release the locks of the output folders."""
         self._held.close()
         _end_workers()
 
@@ -139,7 +139,7 @@ class ProjectHooks:
 
     @hook_impl
     def after_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Let the next command write; say what was found, and where the results are."""
+        """Release the locks; say what was found, and where the results are."""
         self._held.close()
         _end_workers()
         page = self._root / "report" / "index.html"

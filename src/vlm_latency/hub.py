@@ -1,4 +1,4 @@
-"""Whether the model hub answers: asked once, and not five times with pauses."""
+"""Find out once per process whether the model hub can be reached, without repeated time-outs."""
 
 from __future__ import annotations
 

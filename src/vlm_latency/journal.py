@@ -177,7 +177,7 @@ class Journal:
         return path.rename(kept)
 
     def close(self) -> None:
-        """Let another process write."""
+        """Close the file and release its lock."""
         if self._file is not None:
             self._file.close()
             self._file = None

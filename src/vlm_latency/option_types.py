@@ -91,7 +91,7 @@ def _tiling_or_none(value: Any) -> Any:
 
 
 class Shard(NamedTuple):
-    """One of so many parts of a plan, counted from 1."""
+    """One of several parts of a plan, counted from 1."""
 
     number: int
     total: int

@@ -1,4 +1,4 @@
-"""Results on disk: their names, and reading them, those of the seed study's scripts included."""
+"""Results on disk: their names and readers, also for the files of the seed study's scripts."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `add_costs` gives records their columns; `CostModel` answers for single shapes;
 `vlm_latency.costs.prediction` predicts latency from them, `vlm_latency.costs.workload` that of
-requests that nobody has made.
+requests that were not run.
 """
 
 from vlm_latency.costs.hardware import Hardware, hardware, known_device

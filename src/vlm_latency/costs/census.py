@@ -1,4 +1,4 @@
-"""What work a model's modules do, and once per what: the base of all arithmetic on costs.
+"""The work of a model's modules per token, patch or other unit: the base of all analytic costs.
 
 `take_census` walks the modules of the real architecture (on the meta device: shapes without
 memory) and files every linear layer, convolution, attention and expert under the *unit* it runs

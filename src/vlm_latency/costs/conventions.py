@@ -1,4 +1,4 @@
-"""FLOPs of token reduction: what runs, and what papers mean by the word.
+"""FLOPs under token reduction: as executed, and by the conventions of papers.
 
 A decoder whose sequence is shortened at layer K runs its first K layers on all tokens and the
 others on those kept: a prompt has one length per layer (`shortened_prefill`, `shortened_decode`).

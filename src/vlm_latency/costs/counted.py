@@ -1,7 +1,7 @@
 """FLOPs as PyTorch counts them: the real model's modules run on the meta device.
 
 `torch.utils.flop_counter.FlopCounterMode` sees every matrix product, convolution and attention.
-Left alone it cannot do it here: on a CPU it misses scaled-dot-product attention; on the meta
+It does not suffice by itself: on a CPU it misses scaled-dot-product attention; on the meta
 device several vision encoders fail, because grids, window limits and masks have values that the
 code looks at; `grouped_mm` has no formula; ``generate()`` does not run. So
 

@@ -68,7 +68,7 @@ class Predictor:
     def outside(self, table: pd.DataFrame) -> np.ndarray:
         """Say of each row whether a token count lies outside of those calibrated on.
 
-        There the prediction is an extrapolation, which its interval knows nothing of.
+        There the prediction is an extrapolation, which its interval does not cover.
         """
         beyond = np.zeros(len(table), dtype=bool)
         for name, (low, high) in self.measured.items():
@@ -107,7 +107,7 @@ class Predictor:
         return pd.DataFrame(times, index=table.index)
 
     def on(self, hardware: Hardware) -> Predictor:
-        """The same shares of the ceilings, on another device."""
+        """Assume the same shares of the ceilings on another device."""
         return replace(self, hardware=hardware, calibrated_on=self.hardware.name)
 
 
@@ -232,7 +232,7 @@ def shapes(table: pd.DataFrame) -> np.ndarray:
 
 
 def calibrate_predictor(entries: pd.DataFrame, hardware: Hardware, dtype: str) -> Predictor:
-    """Learn what a millisecond at the ceiling really takes, and how far predictions go astray.
+    """Fit how many milliseconds one millisecond at the ceiling takes, with held-out errors.
 
     Parameters
     ----------

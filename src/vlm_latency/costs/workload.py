@@ -1,4 +1,4 @@
-"""What requests that nobody has made would take, and what dropping vision tokens could win."""
+"""Predict latencies of requests that were not run, and what dropping vision tokens could save."""
 
 from __future__ import annotations
 

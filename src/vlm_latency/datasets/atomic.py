@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of it."""
+"""Atomic writing: a file on the disk is the old one or the new one, never a part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people come for: figures, tables and the page, written whole or not at all."""
+"""Figures, tables and the page as Kedro datasets, each written whole or not at all."""
 
 from __future__ import annotations
 

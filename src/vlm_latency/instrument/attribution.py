@@ -1,4 +1,4 @@
-"""Whose work a trace shows: kernels and operators of one profiled request, by component.
+"""Attribute the kernels and operators of one profiled request to its components.
 
 Everything here is a function of the events of a Chrome trace, as ``torch.profiler`` exports it
 (https://docs.pytorch.org/docs/stable/profiler.html): no device, no model and no clock is asked.
@@ -314,7 +314,7 @@ def ranges(events: Sequence[Event], on_device: bool, title: str = "") -> list[di
 def bound(
     wall_ms: float, busy_ms: float, compute_ms: float | None, memory_ms: float | None
 ) -> str | None:
-    """Say in a word what a component waits for.
+    """Name what a component is bound by.
 
     ``launches`` where the device is idle for a third of the time or more: faster kernels would
     then shorten it by less than launching them faster. Otherwise ``compute`` or ``memory``,

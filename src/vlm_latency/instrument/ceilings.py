@@ -90,7 +90,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[int, list[float]]:
-    """Samples of FLOP/s, on random numbers: zeros would flatter a GPU."""
+    """Samples of FLOP/s, on random numbers: a GPU multiplies zeros faster."""
     import torch
 
     for size in MATMUL_SIZES:

@@ -414,7 +414,7 @@ class Engine:
 
 
 def always(value: T) -> Callable[[object], T]:
-    """What stands in for an attribute, whatever that was."""
+    """Make a replacement of an attribute that ignores the original."""
     return lambda _: value
 
 

@@ -74,7 +74,7 @@ class KeptCache(StaticCache):
         self.layers: list[Any] = [KeptLayer(max_cache_len) for _ in self.layers]
 
     def start(self) -> None:
-        """Forget the request before; what it wrote lies behind every mask."""
+        """Forget the previous request; what it wrote is masked out."""
         for layer in self.layers:
             layer.empty = True
 

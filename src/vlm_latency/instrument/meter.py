@@ -147,7 +147,7 @@ class Meter:
         Parameters
         ----------
         max_new_tokens
-            Exactly so many tokens; with ``stop_at_eos`` at most so many. 1 is prefill only.
+            Number of tokens: exactly, or with ``stop_at_eos`` at most. 1 is prefill only.
 
         Raises
         ------

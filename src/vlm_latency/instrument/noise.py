@@ -42,7 +42,7 @@ def host_canary_ms() -> float:
 
 
 class QuietHost:
-    """Waits for the host to be as quick as it has been, for so long at most.
+    """Waits until the host is about as quick as it has been at best, for a limited time.
 
     On a shared machine a host that launches the GPU's work is slow for seconds at a time. Waiting
     removes no run: how long it took is in the record, and a host that stays slow is measured.

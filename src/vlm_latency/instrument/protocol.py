@@ -181,7 +181,7 @@ def _runs(
     progress: bool,
     announce: bool = False,
 ) -> Generator[Row]:
-    """Make the runs that are left, of so many that were planned, with each model in turn.
+    """Make the runs that are left of a plan, with each model in turn.
 
     With `announce` an empty row says that all is warm.
     """

@@ -48,7 +48,7 @@ class Visit:
 
 
 class WarmUp:
-    """Runs what is going to be measured until the device knows it.
+    """Runs the shapes, and where they cost the lengths, that will be measured.
 
     Parameters
     ----------

@@ -39,12 +39,12 @@ def resolve_device(options: ModelOptions) -> str:
 
 
 def resolve_dtype(options: ModelOptions, device: str) -> str:
-    """Give the type that nothing is computed in."""
+    """Give the type that results name; nothing is computed."""
     return "float32"
 
 
 def check_fits(architecture: NullArchitecture, options: ModelOptions) -> None:
-    """Nothing fits anywhere."""
+    """Accept any device: there are no weights."""
 
 
 class NullArchitecture:
@@ -62,28 +62,28 @@ class NullArchitecture:
     max_positions = 2**31
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """None at all."""
+        """Give zero: nothing is cached."""
         return 0
 
     def weight_bytes(self, dtype: str) -> int:
-        """None at all."""
+        """Give zero: there are no weights."""
         return 0
 
     def image_tokens(self, width: int, height: int) -> TokenCounts:
-        """As a Molmo with the published geometry."""
+        """Count as a Molmo with the published geometry does."""
         return TokenCounts.of_tiles(self.tiles, width, height)
 
     def image_size_for(self, rows: int, cols: int) -> tuple[int, int]:
-        """As a Molmo with the published geometry."""
+        """Give the size that a Molmo with the published geometry needs."""
         return self.tiles.image_size(rows, cols)
 
     def image_sizes_for_ladder(self, n: int) -> list[tuple[int, int]]:
-        """Images of one row of 1 … n tiles."""
+        """Give sizes of images of one row of 1 … n tiles."""
         return [self.image_size_for(1, cols) for cols in range(1, n + 1)]
 
 
 class NullVLM:
-    """As `VLM`, a `LoadedModel`; it prepares nothing, and its meter reads what it was told."""
+    """A `LoadedModel` without a model: it prepares nothing, and its meter sleeps."""
 
     device = "cpu"
     dtype = "float32"
@@ -101,15 +101,15 @@ class NullVLM:
         return Prepared({}, lambda: counts)
 
     def place(self, prepared: Prepared) -> Prepared:
-        """There is nothing to copy."""
+        """Give the request back: there is nothing to copy."""
         return prepared
 
     def decode(self, token_ids: list[int]) -> str:
-        """A word for each token."""
+        """Give one word for each token."""
         return " ".join("null" for _ in token_ids)
 
     def count_tokens(self, text: str) -> int:
-        """Words."""
+        """Count words."""
         return len(text.split())
 
     def meter(self, make: Callable[[Any], Meter]) -> Meter:
@@ -117,12 +117,12 @@ class NullVLM:
         return NullMeter(self.options.null_sleep_ms)
 
     def set_threads(self, count: int) -> int:
-        """There is nothing to compute."""
+        """Give the number back: there is nothing to compute."""
         return count
 
 
 class NullMeter:
-    """Sleeps, once per run, and says so; the tokens are zeros, as many as asked for."""
+    """Sleeps once per run and reads how long; its tokens are zeros, as many as asked for."""
 
     def __init__(self, sleep_ms: float = 0.0) -> None:
         self.sleep_ms = sleep_ms
@@ -139,7 +139,7 @@ class NullMeter:
         self.close()
 
     def close(self) -> None:
-        """There is nothing to remove."""
+        """Do nothing: there is nothing to remove."""
 
     def __call__(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
@@ -149,7 +149,7 @@ class NullMeter:
     def bare(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
     ) -> tuple[float, list[int]]:
-        """Milliseconds and tokens of an uninstrumented run."""
+        """Give milliseconds and tokens of an uninstrumented run."""
         return self._sleep(), [0] * max_new_tokens
 
     def _sleep(self) -> float:

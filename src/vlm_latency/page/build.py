@@ -1,4 +1,4 @@
-"""Build the page: what was asked, what came out, how sure it is, and how to repeat it."""
+"""Build the HTML page: questions, results with intervals, and the commands that repeat them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models or engines: what the first token takes, and what each further one."""
+"""Time to the first token, and per further token, of several models or engines."""
 
 from __future__ import annotations
 

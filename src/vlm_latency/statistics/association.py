@@ -1,4 +1,4 @@
-"""Does one number order, follow or fix another? FLOPs against latency."""
+"""How far FLOPs determine latency: correlation, order, and spread at equal FLOPs."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ BOTTLENECK_SHARE = 0.5
 # sweep of what it costs at its start. No sweep of 15 sizes tells less from a straight line.
 CHEAPER = 0.75
 FALLS = (CHEAPER - 1) / ((CHEAPER + 1) / 2)  # as a share of the mean cost
-# Costs grow or stay by 10 %: no truth but one exactly at a limit stays undecided for ever.
+# Costs grow or stay by 10 %: with enough data a claim is decided, unless the truth is at a limit.
 GROWS, FLAT_STEP = 1.1, (0.9, 1.1)
 # A predictor within 5 % on shapes it has not seen is as good as perfect.
 PERFECT_ERROR = 0.05

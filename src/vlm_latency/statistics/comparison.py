@@ -1,4 +1,4 @@
-"""Two runs against each other: how much faster or slower, how sure, and what could be seen."""
+"""Compare two runs: ratio of latencies, its interval, and the smallest difference to be seen."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def between_sessions(
     same: bool = False,
     repeated: Sequence[TableComparison] = (),
 ) -> TableComparison:
-    """Let a comparison of two runs made one after the other carry what the machine may have drifted.
+    """Widen a comparison of runs made one after the other by how far the machine drifts.
 
     Pairs of two sessions are not interleaved: a machine that got slower in between shifts all of
     them, and their interval, which knows only their scatter, calls that SLOWER in 62 to 76 % of

@@ -1,4 +1,4 @@
-"""Lines and power laws through latencies, with intervals that survive unequal noise.
+"""Lines and power laws through latencies, with intervals that hold under unequal noise.
 
 Long requests scatter more than short ones, so intervals never assume equal noise: they are HC3
 (MacKinnon and White 1985), or its version by clusters (CR3, a jackknife over images) when

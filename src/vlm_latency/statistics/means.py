@@ -14,7 +14,7 @@ CARRIES, FEW = (0.75, 0.5), 20
 
 
 def carried(squares: Floats) -> bool:
-    """Whether one of the squared deviations makes most of their sum; never below 5."""
+    """Say whether one of the squared deviations makes most of their sum; never of fewer than 5."""
     limit = CARRIES[squares.size >= FEW]
     return squares.size >= 5 and bool(squares.max() > limit * squares.sum())
 

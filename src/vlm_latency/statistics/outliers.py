@@ -22,7 +22,7 @@ SMALLEST_EXCESS = 0.01
 SLOW_HOST, QUICK_TENTH = 1.3, 0.1
 # A clock that runs this much under the highest of the table has dropped.
 CLOCK_DROP = 0.97
-# What the driver names at a full clock too: a limit that is near is not yet felt.
+# What the driver names at a full clock too: a limit that is near does not slow the clock yet.
 HARMLESS = {"sw_power_cap"}
 
 

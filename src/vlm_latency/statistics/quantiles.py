@@ -1,4 +1,4 @@
-"""Percentiles with distribution-free intervals, and the n at which they become statements."""
+"""Percentiles with distribution-free intervals, and how many observations these need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every statistic returns: small frozen results that know their interval, method and n."""
+"""Result types of all statistics: frozen dataclasses with interval, method and n."""
 
 from __future__ import annotations
 

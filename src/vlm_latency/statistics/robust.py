@@ -1,4 +1,4 @@
-"""Lines that a few extreme runs do not rule, and which line is the headline."""
+"""Straight lines that a few extreme runs do not decide, and the choice of the line to report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JACKKNIFE = 100
 def robust_line(
     x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95
 ) -> LinearFit:
-    """Fit a straight line that a few extreme runs do not rule.
+    """Fit a straight line that a few extreme runs do not decide.
 
     Tukey's bisquare (an M-estimate, of 98.5 % efficiency for normal noise): a run 6 scales off the
     line counts for nothing, however far off it is. Scale and start are those of Huber's fit.

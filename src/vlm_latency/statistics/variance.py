@@ -68,7 +68,7 @@ def variance_budget(
     Parameters
     ----------
     df : DataFrame
-        One row per run. Requests that were run more than once tell the noise.
+        One row per run. The noise is estimated from requests that were run more than once.
     response : str
         Column to explain, in milliseconds.
     factors : mapping of name to column

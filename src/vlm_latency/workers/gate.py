@@ -1,4 +1,4 @@
-"""Does a run take as long in a worker as it does without one?"""
+"""Check that a run takes as long in a worker as it does without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workers of a command: started once, given their hands of each plan, replaced when all died."""
+"""The workers of a command: started once, given their part of each plan, replaced when all died."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Pool:
         left
             Columns of `plan.plan` and ``request_sha256``: the runs to make, in their order.
         deal
-            Gives for each of some runs one of so many hands (`shards.deal`).
+            Assigns each run to one of a number of workers (`shards.deal`).
         say
             Shows what is being done.
 
@@ -132,7 +132,7 @@ class Pool:
     def _round(
         self, work: Work, left: pd.DataFrame, deal: Deal, say: Callable[[str], None]
     ) -> Iterator[Chunk]:
-        """Deal runs to the workers that live, and give what they make until each is done or dead."""
+        """Deal runs to the workers that are alive, and yield what they make until all are done."""
         ray = self._ray
         hands = deal(left, len(self._alive))
         parts = {index: left[hands == n] for n, index in enumerate(sorted(self._alive))}
@@ -183,7 +183,7 @@ class Pool:
     def _ask(
         self, what: str, *given: Any, each: dict[int, tuple[Any, ...]] | None = None
     ) -> dict[int, Any]:
-        """Let all workers, or some, do something at the same time; who dies is buried."""
+        """Call a method of all workers, or some, at the same time; drop those that die."""
         asked = each if each is not None else dict.fromkeys(self._alive, ())
         answers = {
             index: getattr(self._alive[index], what).remote(*given, *own)
@@ -198,7 +198,7 @@ class Pool:
         return found
 
     def _bury(self, index: int, error: Any) -> None:
-        """Go on without a worker that died; an error of its code is one of ours."""
+        """Drop a worker that died; an error that its code raised is raised here."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, UserError):
             raise cause from None

@@ -24,12 +24,12 @@ def measure(
     first_worker: int = 1,
     progress: bool = True,
 ) -> Iterator[Chunk]:
-    """Make the runs that are left, of so many that were planned, on all workers.
+    """Make the runs that are left of a plan on all workers.
 
     Parameters
     ----------
     deal
-        Gives for each of some runs one of so many hands (`shards.deal`).
+        Assigns each run to one of a number of workers (`shards.deal`).
     first_order, first_worker
         Where ``order_index`` and ``worker_index`` begin.
 

@@ -1,4 +1,4 @@
-"""What happens in the process of one device: load, learn what the device can do, warm up, measure."""
+"""The process of one device: load the model, measure ceilings, warm up, measure requests."""
 
 from __future__ import annotations
 

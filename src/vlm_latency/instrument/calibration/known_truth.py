@@ -186,7 +186,7 @@ def judge(case: Case, rows: list[Row]) -> dict[str, object]:
         name: percentile([row["elsewhere_ms"][name] for row in rows], 50)
         for name in rows[0]["elsewhere_ms"]
     }
-    # A pause chills the caches of what runs after it, and of nothing that ran before.
+    # A pause lets caches cool for what runs after it, not for what ran before.
     after = [elsewhere[name] for name in case.after]
     strict = [own, *(e for name, e in elsewhere.items() if name not in case.after)]
     faster = [] if case.hides_launches else after

@@ -141,7 +141,7 @@ class LanguageSweep(Questions):
         return [architecture.image_size_for(*options.sampling.tiling)]
 
     def drops(self, options: ExperimentOptions[LanguageSampling]) -> bool:
-        """Ask the user's ``on_too_long``."""
+        """Follow the user's ``on_too_long``."""
         return options.sampling.on_too_long == "drop"
 
     def words(self, requests: pd.DataFrame) -> str:

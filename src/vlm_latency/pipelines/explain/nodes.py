@@ -1,4 +1,4 @@
-"""Which requests are looked at, the look itself, and what it says."""
+"""Nodes of explain: choose requests, profile them, report what bounds each component."""
 
 from __future__ import annotations
 

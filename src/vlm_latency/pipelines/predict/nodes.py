@@ -1,4 +1,4 @@
-"""What a request would take, what it is made of, and what pruning could win at best."""
+"""Nodes of predict: latency of a workload, its composition, and what pruning could save at best."""
 
 from __future__ import annotations
 
