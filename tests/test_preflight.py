@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from vlm_latency.errors import MeasurementError, UserError
 from vlm_latency.molmo.tiling import Tiles
 from vlm_latency.options import Options
 from vlm_latency.preflight import check, refuse_contradictions
+from vlm_latency.results import result_path
 from vlm_latency.vqa import Sampling, open_source, sweep_language_requests
 
 ALL = ["exp1", "exp2", "exp3", "exp4"]
@@ -58,6 +61,29 @@ def refusals(root: Path, **parameters: Any) -> list[str]:
     with pytest.raises(UserError) as error:
         checked(root, **parameters)
     return str(error.value).splitlines()
+
+
+def test_a_folder_belongs_to_one_model(tmp_path: Path) -> None:
+    root = tmp_path / "motivation"
+    on = {"name": "tiny-molmo", "weights": "random", "engine": "static", "dtype": "float32"}
+    result = {"environment": {"model": on, "hardware": {"gpu": "H100"}}}
+    for name in ("exp1", "calibration"):
+        path = result_path(root, name)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result), encoding="utf-8")
+    (told,) = refusals(root, experiments=["exp2"], runs_model=True)
+    assert "exp1, calibration of tiny-molmo (random weights, static, float32, H100)" in told
+    assert "this command measures null-model (" in told
+    assert told.endswith(f"output_dir={tmp_path / 'motivation-null-model'}")
+    assert checked(root, ["exp2"])  # only looks
+    assert checked(tmp_path / "motivation-null-model", ["exp2"], runs_model=True)
+
+    (own,) = re.findall(r"measures (\S+) \((\S+) weights, (\S+), (\S+), (.*)\):", told)
+    about = dict(zip(("name", "weights", "engine", "dtype"), own, strict=False))
+    result["environment"] = {"model": about, "hardware": {"cpu": own[-1]}}
+    for name in ("exp1", "calibration"):
+        result_path(root, name).write_text(json.dumps(result), encoding="utf-8")
+    assert checked(root, ["exp2"], runs_model=True)
 
 
 def test_a_line_says_what_each_experiment_will_do(tmp_path: Path) -> None:

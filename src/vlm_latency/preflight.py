@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from kedro.io import DatasetError
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.options import ExperimentOptions, Options
+from vlm_latency.results import held, measured_on
 from vlm_latency.workers.asked import ask_for
 
 
@@ -89,6 +91,7 @@ def check(
         lines += attempt(_in_turn, options, found) or []
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         if runs_model:
+            attempt(_alone, root, handle, compared)
             attempt(_nvtx, options, experiments, handle)
             attempt(ask_for, options.measurement, options.ray, handle)
         for name in experiments:
@@ -138,6 +141,32 @@ def _ready(handle: Any, runs_model: bool) -> bool:
     if runs_model:
         handle.check_fits()
     return True
+
+
+def _alone(root: Path, handle: Any, compared: Any) -> None:
+    """Refuse a folder with results of another model, device, number type or engine."""
+    from vlm_latency.instrument.environment import hardware
+
+    if compared is not None:  # whose variants are several, and named as such
+        return
+    name, engine = handle.options.name, handle.options.engine
+    about = {"name": name, "weights": handle.weights, "engine": engine, "dtype": handle.dtype}
+    own = measured_on({"model": about, "hardware": hardware(handle.device)})
+    others: dict[str, list[str]] = {}
+    for study, on in held(root).items():
+        if on != own:
+            others.setdefault(on, []).append(study)
+    if others:
+        told = "; ".join(f"{', '.join(names)} of {on}" for on, names in others.items())
+        raise DataError(
+            f"output_dir {root} has {told}, and this command measures {own}: give it a folder of its "
+            f"own, output_dir={root.with_name(_folder_name(root.name, name, engine))}"
+        )
+
+
+def _folder_name(folder: str, model: str, engine: str) -> str:
+    words = [folder, Path(model).name, *([engine] if engine != "eager" else [])]
+    return "-".join(re.sub(r"[^\w.-]+", "-", word) for word in words)
 
 
 def _nvtx(options: Options, experiments: list[str], handle: Any) -> None:

@@ -120,6 +120,29 @@ def read_earlier(path: Path, experiment: str) -> dict[str, Any]:
     return data
 
 
+def measured_on(environment: Any) -> str:
+    """Say in words which model ran on what; empty where an environment does not know."""
+    about = environment.get("model") if isinstance(environment, dict) else None
+    if not isinstance(about, dict) or not about.get("name"):
+        return ""
+    machine = environment.get("hardware")
+    machine = machine if isinstance(machine, dict) else {}
+    where = machine.get("gpu") or machine.get("cpu") or about.get("device")
+    how = f"{about.get('weights')} weights, {about.get('engine', 'eager')}, {about.get('dtype')}"
+    return f"{about['name']} ({how}, {where})"
+
+
+def held(root: Path) -> dict[str, str]:
+    """Give what the results below an output folder were measured on, by study."""
+    found = {}
+    for name in studies():
+        with suppress(DataError):  # who reads the result says what is wrong with it
+            result = read_json(result_path(root, name))
+            if isinstance(result, dict) and (on := measured_on(result.get("environment"))):
+                found[name] = on
+    return found
+
+
 def entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
     """Put a result's entries into a table with the records' column names.
 

@@ -89,6 +89,17 @@ def test_marks_coverage_failures_outliers_and_notes(page):
     assert "line of T_projector: nothing to fit" in text
 
 
+def test_results_of_several_models_or_devices_are_marked(page, folder):
+    assert "do not belong together" not in page
+    path = result_path(folder, "exp3")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["environment"]["hardware"]["gpu"] = "H100"
+    path.write_text(json.dumps(result), encoding="utf-8")
+    text = Reader(build_page(collect_results(folder))).text
+    assert "do not belong together: exp1, calibration of tiny-<b>molmo</b>" in text
+    assert re.search(r"exp3 of tiny-<b>molmo</b> \([^)]*, H100\)", text)
+
+
 def test_another_method_of_measuring_is_marked():
     result = {"environment": {"measurement": {"method": "hook"}}, "protocol": "exact"}
     text = Reader(build_page({"exp3": Study("exp3", result)})).text

@@ -19,6 +19,7 @@ from vlm_latency.journal import session_ratios
 from vlm_latency.options import PRESETS, Options
 from vlm_latency.page.collect import Study
 from vlm_latency.plots.notation import interval, number
+from vlm_latency.results import measured_on
 
 FIGURE_WIDTH = 1800  # pixels; the file at full resolution is linked
 PIXELS_PER_INCH = 100  # on the page
@@ -110,6 +111,13 @@ def _measured(found: Mapping[str, Study]) -> str:
 def _marks(found: Mapping[str, Study]) -> list[str]:
     """Name what a reader must know before believing a number."""
     marks: dict[str, None] = {}
+    measured: dict[str, list[str]] = {}
+    for name, study in found.items():
+        if on := measured_on((study.result or {}).get("environment")):
+            measured.setdefault(on, []).append(name)
+    if len(measured) > 1:
+        told = "; ".join(f"{', '.join(names)} of {on}" for on, names in measured.items())
+        marks[f"results that do not belong together: {told}"] = None
     for study in found.values():
         result = study.result or {}
         environment = result.get("environment") or {}
