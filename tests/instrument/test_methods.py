@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlm_latency.errors import MeasurementError
+from vlm_latency.errors import MeasurementError, ModelError
 from vlm_latency.instrument import graphs
 from vlm_latency.instrument.clock import HostClock
 from vlm_latency.instrument.meter import Meter, quiet
@@ -15,10 +15,10 @@ from vlm_latency.instrument.methods import (
     METERS,
     SubtractionMeter,
     TimelineMeter,
-    decoder_blocks,
     make_meter,
 )
 from vlm_latency.instrument.timeline import Timeline
+from vlm_latency.models.boundaries import blocks_of
 from vlm_latency.options import COMPILED
 from vlm_latency.records import COMPONENTS, TIME_COLUMNS
 
@@ -283,7 +283,7 @@ def test_subtraction_cannot_see_a_projector_inside_the_encoder(qwen: Any) -> Non
 
 def test_hook_times_from_the_end_of_the_first_block_to_the_end_of_the_last(llava: Any) -> None:
     vlm, prepared = llava
-    blocks = decoder_blocks(vlm.components.language_model)
+    blocks = blocks_of(vlm.components.language_model)
     assert len(blocks) == 3
     meter = make_meter(vlm, "hook")
     order: list[str] = []
@@ -316,8 +316,8 @@ def test_hook_times_from_the_end_of_the_first_block_to_the_end_of_the_last(llava
 
 
 def test_a_decoder_without_blocks_is_refused() -> None:
-    with pytest.raises(MeasurementError, match="no list of blocks"):
-        decoder_blocks(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="no list of blocks"):
+        blocks_of(nn.Linear(2, 2))
 
 
 def compiled_graphs(vlm: Any, prepared: Any, meter: Meter, runs: int) -> Any:

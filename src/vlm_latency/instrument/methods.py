@@ -16,13 +16,11 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from vlm_latency.errors import MeasurementError
 from vlm_latency.instrument.intervals import DECODE, OTHER, TIMES, intervals
 from vlm_latency.instrument.meter import Meter, Reading
 from vlm_latency.instrument.timeline import partition
-from vlm_latency.models.boundaries import ENCODER, PREFILL, PROJECTOR, boundaries
+from vlm_latency.models.boundaries import ENCODER, PREFILL, PROJECTOR, blocks_of, boundaries
 from vlm_latency.records import Row
 
 if TYPE_CHECKING:
@@ -151,7 +149,7 @@ class HookMeter(SubtractionMeter):
     @contextlib.contextmanager
     def _attached(self) -> Iterator[None]:
         """Hooks on first and last block that act in the first forward only."""
-        blocks = decoder_blocks(self.vlm.components.language_model)
+        blocks = blocks_of(self.vlm.components.language_model)
         timeline = self.timeline
 
         def first(*_: object) -> None:
@@ -197,20 +195,3 @@ def make_meter(
             f"measurement.method={method} runs one by itself; use timeline"
         )
     return METERS[method](vlm, engine, max_cache_len, nvtx)
-
-
-def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
-    """Find a decoder's blocks: the longest list of modules it has.
-
-    Raises
-    ------
-    MeasurementError
-        When it has none.
-    """
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise MeasurementError(
-            f"{type(decoder).__name__} has no list of blocks to hook; use measurement.method="
-            "timeline or subtraction"
-        )
-    return max(lists, key=len)

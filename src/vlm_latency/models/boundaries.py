@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_latency.errors import ModelError
 from vlm_latency.models.components import Modules
 
 ENCODER, PROJECTOR = "T_vision_encoder", "T_projector"
@@ -64,6 +65,23 @@ def boundaries(
 
             stack.enter_context(replaced(base, "get_image_features", wrap))
         yield
+
+
+def blocks_of(module: nn.Module) -> nn.ModuleList:
+    """Find the blocks of an encoder or decoder: the longest list of modules it has.
+
+    Raises
+    ------
+    ModelError
+        When it has none.
+    """
+    lists = [each for each in module.modules() if isinstance(each, nn.ModuleList)]
+    if not lists:
+        raise ModelError(
+            f"{type(module).__name__} has no list of blocks to hook, which measurement.method=hook "
+            "and methods of token reduction need; use another method"
+        )
+    return max(lists, key=len)
 
 
 @contextlib.contextmanager

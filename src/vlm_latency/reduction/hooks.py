@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlm_latency.errors import ModelError
-from vlm_latency.models.boundaries import replaced
+from vlm_latency.models.boundaries import blocks_of, replaced
 from vlm_latency.reduction.methods import Method, Seen
 
 REDUCTION = "T_reduction"
@@ -94,7 +94,7 @@ class Reducer:
                     stack, self.vlm.components.language_model, self._shorten_decoder, once=True
                 )
             elif self.method.where == "layer":
-                layers = blocks(self.vlm.components.language_model)
+                layers = blocks_of(self.vlm.components.language_model)
                 first = self.method.layer
                 if not 0 < first < len(layers):
                     raise ModelError(
@@ -189,14 +189,6 @@ class Reducer:
         self._close()
 
 
-def blocks(module: nn.Module) -> nn.ModuleList:
-    """Find the blocks of an encoder or decoder: its longest list of modules."""
-    lists = [each for each in module.modules() if isinstance(each, nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"{type(module).__name__} has no list of blocks to act between")
-    return max(lists, key=len)
-
-
 @contextlib.contextmanager
 def watching(block: nn.Module, see: Callable[[torch.Tensor, torch.Tensor, float], None]) -> Any:
     """Show the queries and keys of a block's attention, which runs as it would by itself."""
@@ -259,7 +251,7 @@ def _watched_block(vlm: Any) -> nn.Module:
         return encoder.layers[encoder.feature_layers[0]]
     if kind == "qwen2_5_vl":
         return encoder.blocks[encoder.fullatt_block_indexes[-1]]
-    return blocks(encoder)[config.vision_feature_layer]
+    return blocks_of(encoder)[config.vision_feature_layer]
 
 
 def _class_token(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
