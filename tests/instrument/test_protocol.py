@@ -139,6 +139,9 @@ def test_every_planned_run_is_there_once(count: int, runs: int, noise: int, orde
     assert len(planned) == count * runs + min(noise, count)
     assert not planned.duplicated(["request_id", "run_index"]).any()
     assert planned["run_index"].max() == runs - (noise == 0)
+    if order == "blocks":  # a repeat for noise is made after the request's other runs
+        repeats = planned[planned["run_index"] == runs]
+        assert (repeats["block_index"] == runs - 1).all()
 
 
 def test_two_requests_of_one_id_are_refused() -> None:
