@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "conditions": {"hardware": {"cpu": "Made-up CPU"}},
 }
 PARAMETERS = {
+    "output_dir": "data/of its own",
     "model": {"num_threads": 2, "trust_remote_code": True},
     "prompt": {"template": "look, then answer: {question}"},
     "exp1": {"sampling": {"num_samples": 8}, "measurement": {"noise_repeats": 3}},

@@ -225,7 +225,7 @@ def test_the_command_repeats_what_conf_base_says_otherwise(name):
 
 
 @pytest.mark.parametrize("name", ["exp1", "exp3"])
-def test_the_command_repeats_the_study(folder, name):
+def test_the_command_repeats_the_study_in_its_folder(folder, name):
     study = collect_results(folder)[name]
     block = next(
         b

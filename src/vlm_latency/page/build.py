@@ -314,11 +314,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _command(name: str, options: Mapping[str, Any]) -> str:
-    """Give the command that repeats a study: whatever differs from the library's defaults.
+    """Give the command that repeats a study: its folder, and what differs from the defaults.
 
     A value with a comma cannot stand on Kedro's command line; it is named in a comment.
     """
     given, left = repeating(name, options)
+    if (folder := options.get("output_dir")) and folder != Options().output_dir:
+        (left if "," in folder else given).insert(0, f"output_dir={folder}")
     command = f"kedro run --pipeline {name}"
     if given:
         command += f" --params {shlex.quote(','.join(given))}"

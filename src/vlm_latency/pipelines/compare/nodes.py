@@ -163,6 +163,9 @@ def _result(
     """Give what is said of any comparison; the first of the names is the baseline."""
     from vlm_latency.plots.comparison import told
 
+    matter = {"output_dir", "compare"}
+    if settings.compare.variants:
+        matter |= {"model", "dataset", "prompt"}
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": "compare",
@@ -171,7 +174,7 @@ def _result(
         "baseline": names[0],
         "runs": names[1:],
         "margin": settings.compare.margin,
-        "options": {"compare": settings.compare.model_dump(mode="json")},
+        "options": settings.model_dump(mode="json", include=matter),
         "comparisons": comparisons,
         "environment_differences": differences,
         "finding": told(comparisons, names[0]),

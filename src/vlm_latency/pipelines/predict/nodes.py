@@ -103,10 +103,7 @@ def predict(
         "grid": grid.to_dict("records"),
         "pruning": pruning.to_dict("records"),
         "environment": vision.get("environment"),
-        "options": {
-            "model": settings.model.model_dump(mode="json"),
-            "predict": asked.model_dump(mode="json"),
-        },
+        "options": settings.model_dump(mode="json", include={"output_dir", "model", "predict"}),
     }
     return result, {"grid": grid, "pruning": pruning}, figure
 

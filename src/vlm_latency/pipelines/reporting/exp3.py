@@ -107,7 +107,7 @@ def _statistics(options: ExperimentOptions, rows: pd.DataFrame) -> dict[str, Any
         "prefill_per_crop": prefill.get("num_crops"),
         "prefill_per_token": prefill.get("num_vision_tokens"),
         "disturbed": results.disturbance(
-            rows, "a vision token's cost", lambda runs: _slope(runs, axis)
+            rows, "a vision token's cost", lambda runs: _slope(runs, axis), "µs"
         ),
         "outliers": results.outliers(rows),
         "notes": notes,

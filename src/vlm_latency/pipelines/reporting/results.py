@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -247,18 +247,23 @@ class Disturbance:
     of: int
     causes: dict[str, int]
     moved: bool
+    unit: Literal["ms", "µs"] = "ms"  # of the sentence; the numbers are milliseconds
 
     def __str__(self) -> str:
         from vlm_latency.plots.notation import interval
 
+        without = interval(self.undisturbed, self.unit, {"ms": 1, "µs": 1000}[self.unit])
         return (
             f"without the {self.disturbed_runs} of {self.of} runs that were disturbed "
-            f"({', '.join(self.causes)}) {self.number} is {interval(self.undisturbed, 'ms')}"
+            f"({', '.join(self.causes)}) {self.number} is {without}"
         )
 
 
 def disturbance(
-    rows: pd.DataFrame, number: str, compute: Callable[[pd.DataFrame], Estimate | None]
+    rows: pd.DataFrame,
+    number: str,
+    compute: Callable[[pd.DataFrame], Estimate | None],
+    unit: Literal["ms", "µs"] = "ms",
 ) -> Disturbance | None:
     """Give a headline number with and without disturbed runs; None where no run was disturbed.
 
@@ -272,7 +277,7 @@ def disturbance(
         return None
     moved = everything.above(rest.value) or everything.below(rest.value)
     counts = {str(cause): int(count) for cause, count in causes.value_counts().items()}
-    return Disturbance(number, everything, rest, len(causes), len(rows), counts, moved)
+    return Disturbance(number, everything, rest, len(causes), len(rows), counts, moved, unit)
 
 
 def not_computed(rows: pd.DataFrame) -> list[str]:
