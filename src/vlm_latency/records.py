@@ -199,7 +199,10 @@ _TIME = (
 
 _NOISE = (
     _flag("first_of_shape", "first run of its number of crops after the warm-up"),
-    _flag("first_of_length", "this process met its prompt's length for the first time"),
+    _flag(
+        "first_of_length",
+        "its prompt's length was new to this process or, with captured graphs, to this experiment",
+    ),
     _count("new_kv_lengths", "key lengths of decode steps that this process met first here"),
     _ms("host_canary_ms", "a fixed piece of work on the host before and after the run, the slower"),
     _ms("waited_ms", "waiting for a quick host before the run, measurement.quiet_seconds at most"),

@@ -11,7 +11,7 @@ import pytest
 from vlm_latency.instrument.lengths import Met, Novelty, found_in_runs, summary
 from vlm_latency.instrument.protocol import measure
 from vlm_latency.instrument.session import SessionLog
-from vlm_latency.options import MeasurementOptions, ModelOptions
+from vlm_latency.options import CAPTURED, MeasurementOptions, ModelOptions
 from vlm_latency.records import measured_table
 from vlm_latency.statistics import mark_outliers
 
@@ -46,6 +46,8 @@ class Planner:
         )  # fmt: skip
 
     def meter(self, make: Any) -> Planner:
+        if self.options.engine in CAPTURED:
+            self.planned.clear()  # its graphs are this meter's
         return self
 
     def set_threads(self, count: int) -> int:
@@ -190,6 +192,17 @@ def test_what_a_session_has_met_the_next_one_knows() -> None:
     assert len(vlm.calls) == calls + 2 + 10
     assert log["lengths"]["prompt"]["pairs"] == 6  # and what it costs
     assert run(Planner(), requests(range(1, 31)))[1]["lengths"]["visited"]["prompts"] == 30
+
+
+def test_graphs_that_went_with_a_session_are_captured_anew_before_the_next_ones_runs() -> None:
+    vlm = Planner(engine="loop")
+    vlm.architecture.max_positions = 512
+    for words in (range(1, 31), range(11, 21)):
+        rows, log = run(vlm, requests(words))
+        assert not rows["first_of_length"].any()
+        assert rows["T_first_token"].max() < PREFILL_MS + 1
+        assert log["lengths"]["late"] == 0
+        assert log["lengths"]["visited"]["prompts"] == len(words)
 
 
 def test_a_length_that_was_not_foreseen_is_visited_before_its_run() -> None:

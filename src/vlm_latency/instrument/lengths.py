@@ -113,6 +113,11 @@ class Met:
         met: Met = vars(vlm).setdefault("_met", cls())
         return met
 
+    def forget_prompts(self) -> None:
+        """Meet all prompts anew, as graphs do that were captured for an engine that is gone."""
+        self.prompts.clear()
+        self.tried.clear()
+
     def note(self, counts: TokenCounts, keys: range) -> tuple[bool, int]:
         """Take note of a run, and tell what was new: its prompt, and how many key lengths."""
         prompt = prompt_of(counts)

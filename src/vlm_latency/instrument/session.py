@@ -102,6 +102,7 @@ class Session:
         self._host = QuietHost(options.quiet_seconds)
         self._met = Met.of(vlm)
         self._grows = vlm.options.engine == "eager"
+        self._captures = vlm.options.engine in CAPTURED
         self.meter: Any = None
         self._seen: set[tuple[int, int]] = set()
         self._image_tokens: dict[tuple[int, int], TokenCounts] = {}
@@ -130,6 +131,8 @@ class Session:
             return make_meter(vlm, self.options.method, engine, length, self.options.nvtx)
 
         self.meter = self.vlm.meter(make)
+        if self._captures:
+            self._met.forget_prompts()
         if rows:
             warm_up = WarmUp(
                 self.options,
@@ -141,7 +144,7 @@ class Session:
                 visit=self._visit,
                 grows=self._grows,
                 compiles=engine in COMPILED,
-                captures=engine in CAPTURED,
+                captures=self._captures,
                 say=say,
             )
             self.log.warmup += warm_up.shapes(rows)
@@ -234,7 +237,8 @@ class Session:
         counts, met = prepared.counts, self._met
         if self.options.lengths != "warm":
             return
-        unmet = met.prompt_cost.costs and prompt_of(counts) not in met.prompts
+        costs = met.prompt_cost.costs or self._captures
+        unmet = costs and prompt_of(counts) not in met.prompts
         if not unmet and self._grows and met.key_cost.costs:
             length = counts.num_total_tokens
             unmet = any(key not in met.keys for key in range(length + 1, length + tokens))
