@@ -72,6 +72,8 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     '1.07 (no interval)'
     >>> interval({"value": 4.04, "low": 1.14, "high": 14.3})  # that it excludes 1 can be read
     '4.0 [1.1, 14.3]'
+    >>> interval({"value": 5.8, "low": -0.31, "high": 11.4})  # and that it holds 0
+    '6 [-0.3, 11]'
     """
     value, low, high = ends(statistic)
     unit = f" {unit}" if unit else ""
@@ -91,6 +93,10 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     decimals = min(decimals, 6)
 
     def written(x: float | None) -> str:
-        return "?" if x is None else f"{round(scale * x, decimals):,.{max(0, decimals)}f}"
+        if x is None:
+            return "?"
+        if x and not round(scale * x, decimals):
+            return number(scale * x, 1)
+        return f"{round(scale * x, decimals):,.{max(0, decimals)}f}"
 
     return f"{written(value)}{unit} [{written(low)}, {written(high)}]"
