@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,14 +58,7 @@ class Novelty:
 
         Judged by the interval of the median difference; of fewer than six pairs each must say so.
         """
-        from vlm_latency.statistics import percentile
-
-        if not self.first_ms:
-            return False
-        smallest = SMALLEST_COST * float(np.median(self.again_ms))
-        if len(self.first_ms) < ENOUGH_PAIRS:
-            return min(self.differences) > smallest
-        return percentile(self.differences, 50).above(smallest)
+        return _surely_costs(tuple(self.differences), tuple(self.again_ms))
 
     def to_dict(self) -> Row:
         """Give medians with their intervals, and a sentence."""
@@ -196,6 +190,19 @@ def summary(runs: pd.DataFrame, sessions: Sequence[Row]) -> Row:
         "costs": any(known) if known else None,
         "first_visits": int(new.fillna(False).sum()),
     }
+
+
+@lru_cache(maxsize=16)
+def _surely_costs(differences: tuple[float, ...], again_ms: tuple[float, ...]) -> bool:
+    """As `Novelty.costs`, which is asked before every run and changes with a pair only."""
+    from vlm_latency.statistics import percentile
+
+    if not differences:
+        return False
+    smallest = SMALLEST_COST * float(np.median(again_ms))
+    if len(differences) < ENOUGH_PAIRS:
+        return min(differences) > smallest
+    return percentile(differences, 50).above(smallest)
 
 
 def _pair(novelty: Novelty, first: float, again: float) -> None:
