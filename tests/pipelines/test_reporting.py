@@ -64,6 +64,28 @@ def test_exp1_gives_the_order_statistics_and_the_spread_by_crops() -> None:
     assert figure.axes
 
 
+def test_questions_beyond_the_most_are_in_the_records_alone(
+    architecture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, requests = m.questions(60, spread=0.0)
+    whole, *_ = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    assert whole["num_entries_in_records_only"] == 0
+    monkeypatch.setattr(entries, "MOST_ENTRIES", 50)
+    records.loc[3, "status"] = "failed"
+    succeeded = len(entries.averaged(records, requests))
+    first, *_ = exp1.report(m.options("exp1"), records, requests, m.COVERAGE, m.ENVIRONMENT)
+    second, *_ = exp2.report(
+        m.options("exp2"), records, requests, m.COVERAGE, m.ENVIRONMENT, architecture
+    )
+    for result in (first, second):
+        assert len(result["results"]) == 50
+        assert result["num_entries_in_records_only"] == succeeded - 50
+    kept = [entry for entry in whole["results"] if entry["request_id"] != records["request_id"][3]]
+    assert first["results"] == kept[:50]
+    assert first["statistics"]["T_total"].n == 59  # statistics are of all
+    assert second["statistics"]["n"] == succeeded
+
+
 def test_constant_latencies_contradict_the_tail() -> None:
     records, requests = m.questions(50, spread=0.0)
     records["T_total"] = 100.0

@@ -10,6 +10,8 @@ import pandas as pd
 
 from vlm_latency.records import COST_PARTS, ESTIMATORS, INPUT_COLUMNS, TIME_COLUMNS, ok_rows
 
+# Questions in a result of exp1 or exp2, as many as the seed had; all are in the records.
+MOST_ENTRIES = 5000
 # What an entry holds beside its times and counts; everything else is in the records.
 _ENTRY_TEXTS = ("grid", "resolution", "pair", "generated_text", "image_id", "question_id")
 _ENTRY_NUMBERS = (
@@ -85,8 +87,19 @@ def averaged(
     return table.reindex([name for name in requests["request_id"] if name in table.index])
 
 
-def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict[str, Any]]:
-    """Give the seed's entries of exp1 and exp2: one per question, with what was asked."""
+def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> dict[str, Any]:
+    """Give the seed's entries of exp1 and exp2: one per question, with what was asked.
+
+    Returns
+    -------
+    dict
+        ``results``: the first `MOST_ENTRIES` of the requests that succeeded at least once;
+        ``num_entries_in_records_only``: how many others there are, which the records have.
+    """
+    shown = succeeded(records)
+    answered = requests[requests["request_id"].isin(shown["request_id"])]
+    requests = answered.head(MOST_ENTRIES)
+    records = shown[shown["request_id"].isin(requests["request_id"])]
     table = averaged(records, requests)
     asked = requests.set_index("request_id").loc[table.index]
     table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
@@ -97,7 +110,10 @@ def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> list[dict
     ]
     table["image_size"] = pd.Series(sizes, index=table.index, dtype=object)
     table["T_system_total"] = table["T_total"] + table["T_preprocess"]
-    return entry_dicts(table, _QUESTION_KEYS)
+    return {
+        "results": entry_dicts(table, _QUESTION_KEYS),
+        "num_entries_in_records_only": len(answered) - len(requests),
+    }
 
 
 def entry_dicts(table: pd.DataFrame, columns: dict[str, str] | None = None) -> list[dict[str, Any]]:

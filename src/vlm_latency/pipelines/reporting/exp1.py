@@ -86,7 +86,7 @@ def report(
         Style.of(options.figures),
     )
     result = {
-        "results": entries.question_entries(records, requests),
+        **entries.question_entries(records, requests),
         **results.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {

@@ -48,12 +48,11 @@ def report(
         llm = st.ratio_estimate(
             rows["T_LLM_prefill"] + rows["T_LLM_decode"], rows["T_total"], entries.clusters(rows)
         )
-    asked = entries.question_entries(records, requests)
     found = {
         "means": means,
         "shares": shares,
         "llm_share": llm,
-        "n": len(asked),
+        "n": rows["request_id"].nunique(),
         "disturbed": results.disturbance(
             rows,
             "the mean of T_total",
@@ -69,7 +68,7 @@ def report(
     averaged = entries.averaged(records, requests).drop(columns=["image_id", "question_id"])
     numbers = averaged.select_dtypes("number").mean()
     result = {
-        "results": asked,
+        **entries.question_entries(records, requests),
         "average_latencies": {str(name): value for name, value in numbers.items()},
         "parameters": parameters,
         **results.frame(options, environment, coverage, found, [claim], finding),
