@@ -83,7 +83,15 @@ def _umask() -> int:
 
 
 class FileDataset(AbstractDataset):
-    """One place on disk, a file or a folder; subclasses say how it is read and written."""
+    """One place on disk, a file or a folder; subclasses say how it is read and written.
+
+    Parameters
+    ----------
+    filepath
+        The file or folder.
+    metadata
+        Passed through to Kedro plugins.
+    """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None):
         self._path = Path(filepath)
@@ -98,15 +106,7 @@ class FileDataset(AbstractDataset):
 
 
 class AtomicJSON(JSONDataset):
-    """JSON without NaN, written whole or not at all.
-
-    Parameters
-    ----------
-    filepath
-        The file.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """JSON without NaN, written whole or not at all."""
 
     def load(self) -> Any:
         return read_json(Path(self._filepath))
@@ -145,15 +145,7 @@ class ResultFile(AtomicJSON):
 
 
 class CompressedJSON(FileDataset):
-    """JSON of one line, compressed by gzip, such as a trace for a viewer.
-
-    Parameters
-    ----------
-    filepath
-        The file.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """JSON of one line, compressed by gzip, such as a trace for a viewer."""
 
     def load(self) -> Any:
         with gzip.open(self._path, "rt", encoding="utf-8") as file:
@@ -165,15 +157,7 @@ class CompressedJSON(FileDataset):
 
 
 class AtomicParquet(ParquetDataset):
-    """A table in a parquet file, written whole or not at all.
-
-    Parameters
-    ----------
-    filepath
-        The file.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """A table in a parquet file, written whole or not at all."""
 
     def save(self, data: pd.DataFrame) -> None:
         with replacing(Path(self._filepath)) as temporary:

@@ -56,15 +56,7 @@ class FromOptions(ReadOnly):
 
 
 class FromPath(FileDataset, ReadOnly):
-    """What lies in one place on disk.
-
-    Parameters
-    ----------
-    filepath
-        The file or folder.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """What lies in one place on disk."""
 
 
 class ModelDataset(FromOptions):

@@ -101,15 +101,7 @@ class FigureFolder(FileDataset):
 
 
 class TableFolder(FileDataset):
-    """Tables by name, each as CSV and as booktabs LaTeX in one folder.
-
-    Parameters
-    ----------
-    filepath
-        The folder.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """Tables by name, each as CSV and as booktabs LaTeX in one folder."""
 
     def load(self) -> NoReturn:
         raise NotImplementedError("tables are written for people; read the records or the result")
@@ -132,15 +124,7 @@ class TableFolder(FileDataset):
 
 
 class HTMLPage(FileDataset):
-    """One HTML page.
-
-    Parameters
-    ----------
-    filepath
-        The file.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """One HTML page."""
 
     def load(self) -> str:
         return self._path.read_text(encoding="utf-8")

@@ -80,15 +80,7 @@ def _handle(path: Path, name: str, said: Any, model: Mapping[str, Any]) -> Model
 
 
 class VariantRuns(AtomicParquet):
-    """Every run of every variant; where none was measured, no file and an empty table.
-
-    Parameters
-    ----------
-    filepath
-        The parquet file.
-    metadata
-        Passed through to Kedro plugins.
-    """
+    """Every run of every variant; where none was measured, no file and an empty table."""
 
     def load(self) -> pd.DataFrame:
         return super().load() if Path(self._filepath).is_file() else pd.DataFrame()
