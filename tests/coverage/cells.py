@@ -329,7 +329,7 @@ def _of_shares() -> Iterator[Cell]:
         draws = count()
         yield Cell(
             "share of the tail in the content", "requests with noise", f"{n} + {repeats}",
-            _tail_content(noise),
+            lambda: _tail_content(noise),
             lambda _, n=n, repeats=repeats, draw=draws: _budget(
                 n, repeats, noise, next(draw)
             ).tail_content,
@@ -364,11 +364,11 @@ def _of_predictions() -> Iterator[Cell]:
                 300, exact=False,
             )  # fmt: skip
     for shapes in (8, 27, 60):
-        errors = _true_errors(shapes)
         for name in ("flops", "costs"):
             draws = count()
             yield Cell(
-                f"held-out error of {name}", "lognormal 0.03", f"{shapes} shapes", errors[name],
+                f"held-out error of {name}", "lognormal 0.03", f"{shapes} shapes",
+                lambda shapes=shapes, name=name: _true_errors(shapes)[name],
                 lambda _, shapes=shapes, name=name, draw=draws: validated(
                     shapes, next(draw)
                 ).mape[name],
@@ -383,7 +383,7 @@ def _of_predictions() -> Iterator[Cell]:
         draws = count()
         yield Cell(
             "ratio of two held-out errors", "lognormal 0.03", f"{shapes} shapes",
-            errors["flops"] / errors["costs"],
+            lambda shapes=shapes: _true_ratio(shapes),
             lambda _, shapes=shapes, draw=draws: validated(shapes, next(draw)).error_ratio(
                 "flops", "costs"
             ),
@@ -399,6 +399,7 @@ def validated(shapes: int, draw: int) -> st.CrossValidation:
     return st.cross_validate(np.arange(shapes), looked_at, y)
 
 
+@cache
 def _true_errors(shapes: int) -> dict[str, float]:
     """Mean error on new shapes of predictors fitted on as many shapes as are left, over 300 fits."""
     rng = np.random.default_rng([SEED, shapes])
@@ -410,6 +411,11 @@ def _true_errors(shapes: int) -> dict[str, float]:
             guess = st.nnls_relative_fit(X, y).predict(new)
             errors[name].append(float(np.abs(guess / new_y - 1).mean()))
     return {name: float(np.mean(own)) for name, own in errors.items()}
+
+
+def _true_ratio(shapes: int) -> float:
+    errors = _true_errors(shapes)
+    return errors["flops"] / errors["costs"]
 
 
 def _predicted(rng: Generator, shapes: int, of_runs: bool) -> Estimate | float:

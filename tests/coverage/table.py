@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import date
 
 import numpy as np
-import pandas as pd
 
 from vlm_latency.statistics import Estimate
 
@@ -24,14 +23,15 @@ class Cell:
     """One statistic on one kind of data.
 
     `goal` says whether the goals are about it, `exact` whether it should not be conservative:
-    order statistics and ties may be. `draw` returns an estimate, to hold `truth`, or 1.0 and 0.0
+    order statistics and ties may be. `truth` that takes
+    long to compute is a function. `draw` returns an estimate, to hold `truth`, or 1.0 and 0.0
     for what was inside and not.
     """
 
     statistic: str
     data: str
     n: str
-    truth: float
+    truth: float | Callable[[], float]
     draw: Draw
     runs: int = 1_000
     goal: bool = True
@@ -62,6 +62,18 @@ class Row:
         return low or (self.cell.exact and self.held > CEILING + sigmas * self.error)
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """Shares of the verdicts of one claim on its made-up data."""
+
+    claim: str
+    n: str
+    goal: str
+    right: float
+    opposite: float
+    undecided: float
+
+
 def simulate(cell: Cell, scale: float = 1.0) -> Row:
     """Draw a cell's data `scale` × its runs times and count the intervals that hold the truth.
 
@@ -70,6 +82,7 @@ def simulate(cell: Cell, scale: float = 1.0) -> Row:
     """
     name = f"{cell.statistic}|{cell.data}|{cell.n}"
     rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
+    truth = cell.truth() if callable(cell.truth) else cell.truth
     held = runs = without = warned = 0
     for _ in range(max(20, round(cell.runs * scale))):
         found = cell.draw(rng)
@@ -78,9 +91,9 @@ def simulate(cell: Cell, scale: float = 1.0) -> Row:
         elif found.low is None and found.high is None:
             without += 1
         else:
-            slack = 1e-12 * abs(cell.truth)
-            low = found.low is None or found.low <= cell.truth + slack
-            high = found.high is None or found.high >= cell.truth - slack
+            slack = 1e-12 * abs(truth)
+            low = found.low is None or found.low <= truth + slack
+            high = found.high is None or found.high >= truth - slack
             held, runs = held + int(low and high), runs + 1
             warned += "too narrow" in found.note
     total = runs + without
@@ -90,7 +103,12 @@ def simulate(cell: Cell, scale: float = 1.0) -> Row:
 
 
 def page(
-    rows: list[Row], verdicts: pd.DataFrame, today: date, scale: float = 1.0, minutes: float = 0.0
+    rows: list[Row],
+    verdicts: list[Verdicts],
+    today: date,
+    scale: float = 1.0,
+    minutes: float = 0.0,
+    processes: int = 1,
 ) -> str:
     """Write what was found as Markdown."""
     outside = [row for row in rows if row.outside()]
@@ -99,8 +117,8 @@ def page(
         "# How often the printed intervals hold the truth",
         "",
         f"Nominal 95 %. Made on {today.isoformat()} by `python tests/coverage --scale {scale:g}` "
-        f"with seed {SEED}; every cell has its own stream of it. One process took {minutes:.0f} minutes. "
-        "± is one Monte Carlo standard error.",
+        f"with seed {SEED}; every cell has its own stream of it, whatever the number of processes. "
+        f"It took {minutes:.0f} minutes ({processes} process{'es' * (processes > 1)}). ± is one Monte Carlo standard error.",
         "",
         "Goals: at least 93 % on normal, lognormal (σ ≤ 0.3 from n = 8, ≤ 0.5 from n = 20) and "
         "clustered data, at most 97.5 % for continuous statistics. *shown* are data of which few "
@@ -135,9 +153,8 @@ def page(
         "| claim and truth | n | right verdict | right, % | opposite, % | undecided, % |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for _, found in verdicts.iterrows():
-        numbers = " | ".join(f"{100 * found[k]:z.0f}" for k in ("right", "opposite", "undecided"))
-        lines.append(
-            f"| {found['claim and truth']} | {found['n']} | {found['right verdict']} | {numbers} |"
-        )
+    for found in verdicts:
+        shares = (found.right, found.opposite, found.undecided)
+        numbers = " | ".join(f"{100 * share:z.0f}" for share in shares)
+        lines.append(f"| {found.claim} | {found.n} | {found.goal} | {numbers} |")
     return "\n".join(lines) + "\n"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 from cells import step_growth, validated
 from simulated import TOKENS, Floats, Generator, shapes_with_costs, sweep
-from table import SEED
+from table import SEED, Verdicts
 
 from vlm_latency import statistics as st
 
@@ -87,23 +87,11 @@ def claims() -> dict[str, tuple[str, str, Callable[[Generator], st.Claim]]]:
     }  # fmt: skip
 
 
-def judge_claims(scale: float = 1.0) -> pd.DataFrame:
-    """Count the verdicts of each claim on its made-up data: right, opposite, undecided."""
-    rows = []
-    for name, (right, n, draw) in claims().items():
-        rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
-        found = [draw(rng).verdict for _ in range(max(20, round(200 * scale)))]
-        undecided = found.count("undecided") / len(found)
-        share = found.count(right) / len(found)  # type: ignore[arg-type]
-        rows.append(
-            {
-                "claim and truth": name,
-                "n": n,
-                "right verdict": right,
-                "right": share,
-                "opposite": sum(verdict not in (right, "undecided") for verdict in found)
-                / len(found),
-                "undecided": undecided,
-            }
-        )
-    return pd.DataFrame(rows)
+def count_verdicts(name: str, scale: float = 1.0) -> Verdicts:
+    """Count the verdicts of a claim on its made-up data."""
+    right, n, draw = claims()[name]
+    rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
+    runs = max(20, round(200 * scale))
+    found = Counter[str](draw(rng).verdict for _ in range(runs))
+    opposite = runs - found[right] - found["undecided"]
+    return Verdicts(name, n, right, found[right] / runs, opposite / runs, found["undecided"] / runs)
