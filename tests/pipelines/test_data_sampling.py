@@ -57,6 +57,22 @@ def test_requests_of_each_experiment() -> None:
     assert sorted(drawn["exp4"]["output_length"]) == ["4", "4", "8", "8"]
 
 
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("exp2", {"num_samples": 2}),
+        ("exp3", {"max_grid_size": 2}),
+        ("exp3", {"sizes": "336x336"}),
+        ("exp4", {"num_samples": 1, "max_new_tokens_list": [4]}),
+    ],
+)
+def test_another_experiment_may_have_the_same_sampling(name: str, sampling: dict[str, Any]) -> None:
+    asked = options(name, **sampling).model_copy(update={"experiment": "exp9"})
+    table = draw_requests(asked, SOURCE, ModelHandle(asked.model))
+    assert (table["experiment"] == "exp9").all()
+    assert table["request_id"].str.startswith("exp9-").all()
+
+
 def test_sizes_may_be_given_for_the_vision_sweep() -> None:
     table = draw("exp3", sizes="336x336 640x480")
     assert table["resolution"].tolist() == ["336x336", "640x480"]

@@ -113,6 +113,7 @@ def sweep_vision_requests(
     equal_crop_pairs: bool = True,
     resolution_rule: str = "exact",
     seed: int = 0,
+    experiment: str = "exp3",
 ) -> pd.DataFrame:
     """One synthetic image per grid 1×1 … 1×max_grid_size (exp3).
 
@@ -139,20 +140,22 @@ def sweep_vision_requests(
     }
     pairs = {grid: k for k, rest in paired.items() for grid in [(1, k), *rest]}
     grids += [grid for grid in pairs if grid not in grids]
-    prefix = "exp3" if resolution_rule == "exact" else "exp3-seed"
+    prefix = experiment if resolution_rule == "exact" else f"{experiment}-seed"
     rows = []
     for n, (r, c) in enumerate(grids):
         if resolution_rule == "exact":
             width, height = tiles.image_size(r, c)
         else:
             width, height = 336 * c, 336 * r
-        row = _sweep_row(f"{prefix}-{r}x{c}", width, height, seed, n)
+        row = _sweep_row(experiment, f"{prefix}-{r}x{c}", width, height, seed, n)
         pair = f"{pairs[r, c] + 1} crops" if (r, c) in pairs else None
         rows.append(row | {"tiling_rows": r, "tiling_cols": c, "grid": f"{r}×{c}", "pair": pair})
     return _request_table(pd.DataFrame(rows))
 
 
-def sweep_sizes_requests(sizes: Iterable[tuple[int, int]], seed: int = 0) -> pd.DataFrame:
+def sweep_sizes_requests(
+    sizes: Iterable[tuple[int, int]], seed: int = 0, experiment: str = "exp3"
+) -> pd.DataFrame:
     """One synthetic image per (width, height) in pixels: exp3 for models without tiles."""
     sizes = list(dict.fromkeys(sizes))
     if not sizes or not all(1 <= side <= MAX_SIDE for size in sizes for side in size):
@@ -160,7 +163,10 @@ def sweep_sizes_requests(sizes: Iterable[tuple[int, int]], seed: int = 0) -> pd.
             f"found sizes {sizes}; expected at least one width and height of 1 to {MAX_SIDE} pixels"
         )
     return _request_table(
-        pd.DataFrame(_sweep_row(f"exp3-{w}x{h}", w, h, seed, n) for n, (w, h) in enumerate(sizes))
+        pd.DataFrame(
+            _sweep_row(experiment, f"{experiment}-{w}x{h}", w, h, seed, n)
+            for n, (w, h) in enumerate(sizes)
+        )
     )
 
 
@@ -170,6 +176,7 @@ def sweep_language_requests(
     lengths: Sequence[int],
     tiling: tuple[int, int] | None = (2, 3),
     until_eos: bool = False,
+    experiment: str = "exp4",
 ) -> pd.DataFrame:
     """The same drawn images and questions at every output length (exp4).
 
@@ -186,7 +193,7 @@ def sweep_language_requests(
     lengths = list(dict.fromkeys(lengths))
     if not lengths:
         raise DataError("found no output lengths; expected at least one, such as 8 16 32")
-    requests = draw_requests(source, sampling, "none", "exp4")
+    requests = draw_requests(source, sampling, "none", experiment)
     if tiling is not None:
         r, c = tiling
         tiles = _tiles(sampling)
@@ -219,10 +226,12 @@ def _request_table(rows: pd.DataFrame) -> pd.DataFrame:
     return typed(rows, REQUEST_COLUMNS).reset_index(drop=True)
 
 
-def _sweep_row(request_id: str, width: int, height: int, seed: int, n: int) -> dict[str, Any]:
+def _sweep_row(
+    experiment: str, request_id: str, width: int, height: int, seed: int, n: int
+) -> dict[str, Any]:
     return {
         "request_id": request_id,
-        "experiment": "exp3",
+        "experiment": experiment,
         "dataset": "sweep",
         "synthetic": True,
         "question": SWEEP_QUESTION,

@@ -36,7 +36,7 @@ from vlm_latency.vqa import sweep_sizes_requests  # noqa: E402
 class Squares(Questions):
     def draw(self, options, questions, model) -> pd.DataFrame:
         side = options.sampling.side
-        return sweep_sizes_requests([(side, side)]).assign(experiment="exp9", output_length="2")
+        return sweep_sizes_requests([(side, side)], experiment="exp9").assign(output_length="2")
 
     def words(self, requests: pd.DataFrame) -> str:
         return f"{len(requests)} square"

@@ -78,13 +78,18 @@ class VisionSweep(Questions):
 
         asked = options.sampling
         if asked.sizes:
-            return vqa.sweep_sizes_requests(asked.sizes, asked.seed)
+            return vqa.sweep_sizes_requests(asked.sizes, asked.seed, options.experiment)
         tiles = model.architecture.tiles
         if tiles is None:
             ladder = model.architecture.image_sizes_for_ladder(asked.max_grid_size)
-            return vqa.sweep_sizes_requests(ladder, asked.seed)
+            return vqa.sweep_sizes_requests(ladder, asked.seed, options.experiment)
         return vqa.sweep_vision_requests(
-            tiles, asked.max_grid_size, asked.equal_crop_pairs, options.protocol, asked.seed
+            tiles,
+            asked.max_grid_size,
+            asked.equal_crop_pairs,
+            options.protocol,
+            asked.seed,
+            options.experiment,
         )
 
     def words(self, requests: pd.DataFrame) -> str:
@@ -126,6 +131,7 @@ class LanguageSweep(Questions):
             asked.max_new_tokens_list,
             asked.tiling,
             asked.use_eos_token,
+            options.experiment,
         )
 
     def lengths(self, options: ExperimentOptions[LanguageSampling]) -> list[str]:
