@@ -341,7 +341,10 @@ class TestTrust:
         assert "11 of 12 known delays surely come back" in shown
         assert "1.0020 [0.9980, 1.0060]" in shown
         assert "nominal 5 %" in shown
-        assert "subtraction 2.20 × wall time" in shown
+        assert "subtraction (n = 40) 2.20 × wall time" in shown
+        assert "within the tolerance" in shown and f"n = {len(proof.injections)}" in shown
+        (nominal,) = panel(figure, "False alarms").lines[-1:]  # judges no other row
+        assert np.ptp(nominal.get_ydata()) < 1 and set(nominal.get_xdata()) == {5.0}
         assert points(panel(figure, "Delays injected")) == len(proof.injections)
         rows = [label.get_text() for label in panel(figure, "Error of each").get_yticklabels()]
         assert len(rows) == 12 and rows[0] == "vision encoder 2 ms, device"

@@ -18,7 +18,7 @@ from vlm_latency.plots.style import (
     Style,
     column,
     headline,
-    headroom,
+    legend,
     nothing,
     panels,
     plainly,
@@ -105,8 +105,8 @@ def _recovered(axes: Axes, injections: pd.DataFrame) -> None:
     if min(injected.min(), recovered.min()) > 0:
         axes.set(xscale="log", yscale="log")
         readable_log(axes.xaxis, axes.yaxis)
-    axes.set(xlabel="injected (ms)", ylabel="recovered (ms)")
-    axes.legend(loc="upper left")
+    axes.set(xlabel=f"injected (ms), n = {len(injections)}", ylabel="recovered (ms)")
+    legend(axes)
     return None
 
 
@@ -128,9 +128,10 @@ def _errors(axes: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
             label=None if state in shown else state,
         )
         shown.add(state)
-    axes.axvspan(-1, 1, color="black", alpha=0.1)
+    axes.axvspan(-1, 1, color="black", alpha=0.1, lw=0, label="within the tolerance")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
+    axes.margins(x=0.1)
     axes.xaxis.set_major_formatter(plainly)
     names = [
         f"{LABELS.get(case['component'], case['component'])} {case['delay_ms']:g} ms"
@@ -138,9 +139,9 @@ def _errors(axes: Axes, cases: Sequence[Mapping[str, Any]]) -> None:
         for case in cases
     ]
     axes.set_yticks(range(len(cases)), names, size=small())
-    axes.set(xlabel="error / tolerance", ylim=(len(cases) + 0.9, -0.6))
+    axes.set(xlabel="error / tolerance", ylim=(len(cases) - 0.4, -0.6))
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right", ncols=len(shown))
+    legend(axes)
     return None
 
 
@@ -154,16 +155,16 @@ def _ratios(axes: Axes, statistics: Mapping[str, Any]) -> None:
         return nothing(axes)
     labels = []
     for i, (label, ratio, pairs) in enumerate(rows):
-        percent = 100 * (ends(ratio)[0] - 1)
-        axes.errorbar(percent, i, xerr=whiskers(ratio, 100), fmt="o", color="black", capsize=4)
+        value = ends(ratio)[0]
+        axes.errorbar(value, i, xerr=whiskers(ratio), fmt="o", color="black", capsize=4)
         axes.annotate(
-            interval(ratio), (percent, i), xytext=(0, 7), textcoords="offset points",
+            interval(ratio), (value, i), xytext=(0, 7), textcoords="offset points",
             ha="center", size=small(),
         )  # fmt: skip
         labels.append(f"{label}\n({pairs} pairs)" if pairs else label)
-    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), labels)
-    axes.set(xlabel="difference (%)", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel="ratio of times", ylim=(len(rows) - 0.4, -0.6))
     axes.margins(x=0.5)
     axes.grid(axis="y", visible=False)
     return None
@@ -188,10 +189,11 @@ def _shares(axes: Axes, statistics: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if alarms:
         nominal = 100 * alarms["nominal"]
-        axes.axvline(nominal, color="black", ls="--", lw=0.8, label=f"nominal {nominal:g} %")
-        axes.legend(loc="lower right")
+        own = [-0.4, 0.4]  # the row of false alarms: no other is judged by it
+        axes.plot([nominal] * 2, own, "k--", lw=1, label=f"nominal {nominal:g} %")
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
-    axes.set(xlabel="share (%)", ylim=(len(rows), -0.6))
+    axes.set(xlabel="share (%)", ylim=(len(rows) - 0.4, -0.6))
+    legend(axes)
     low, high = axes.get_xlim()
     axes.set_xlim(low, 1.8 * high)
     axes.grid(axis="y", visible=False)
@@ -217,12 +219,18 @@ def _below_zero(axes: Axes, methods: Mapping[str, Any]) -> None:
             )  # fmt: skip
         axes.bar(0, 0, color=METHODS.get(method), label=method)
     axes.set_xticks(range(len(parts)), [LABELS.get(part, part) for part in parts])
-    axes.set_ylabel("requests (%)")
+    axes.set_ylabel(f"share of {_requests(next(iter(methods.values())))} requests (%)")
     axes.grid(axis="x", visible=False)
     axes.set_ylim(bottom=0, top=max(10.0, axes.get_ylim()[1]))
-    headroom(axes, len(methods) + 1)
-    axes.legend(loc="upper left")
+    legend(axes)
     return None
+
+
+def _requests(method: Mapping[str, Any]) -> str:
+    """Say how many requests a method was tried on."""
+    closure = method.get("closure_ms")
+    count = closure.get("n") if isinstance(closure, Mapping) else getattr(closure, "n", None)
+    return "?" if count is None else str(count)
 
 
 def _closure(axes: Axes, methods: Mapping[str, Any]) -> None:
@@ -241,7 +249,8 @@ def _closure(axes: Axes, methods: Mapping[str, Any]) -> None:
                 textcoords="offset points", va="center", size=small(),
             )  # fmt: skip
         cost = result.get("wall_ratio")
-        labels.append(method if cost is None else f"{method}\n{ends(cost)[0]:.2f} × wall time")
+        name = f"{method} (n = {_requests(result)})"
+        labels.append(name if cost is None else f"{name}\n{ends(cost)[0]:.2f} × wall time")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(methods)), labels)
     axes.set_xlabel("sum of parts − T_total (ms)")
