@@ -232,7 +232,7 @@ class ModelComparison:
         )
 
     def table(self) -> pd.DataFrame:
-        """One row per candidate and component: verdict, ratio and difference with their ends."""
+        """List verdict, ratio and difference with their ends, a row per candidate and component."""
         return pd.DataFrame(
             {
                 "model": name,

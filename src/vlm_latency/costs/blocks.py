@@ -185,7 +185,7 @@ def _rebuilt(given: Any) -> Any:
 
 
 def copied_layer(layer: Any) -> Any:
-    """A layer of a cache with lists of its own; its tensors are replaced, never written into."""
+    """Copy a layer of a cache: lists of its own; tensors are replaced, never written into."""
     copied = copy.copy(layer)
     for name, value in vars(copied).items():
         if isinstance(value, list | dict):

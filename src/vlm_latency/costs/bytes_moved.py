@@ -19,7 +19,7 @@ from vlm_latency.records import BYTES_PER_VALUE
 
 
 def element_bytes(dtype: str) -> int:
-    """Bytes of one element.
+    """Give the bytes of one element.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def bytes_moved(census: Census, shape: RequestShape, dtype: str) -> dict[str, An
 
 
 def kv_cache_bytes(census: Census, shape: RequestShape, dtype: str) -> Any:
-    """Size of the cache after the last forward: prompt + N − 1 tokens, as transformers keeps it.
+    """Give the cache's size after the last forward: prompt + N − 1 tokens, as in transformers.
 
     A sliding layer keeps its window less the token that comes next.
     """

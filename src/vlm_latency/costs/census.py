@@ -106,7 +106,7 @@ class Part:
         self.others = [other for other in roots if other is not root and id(other) in inside]
 
     def modules(self) -> Iterator[tuple[str, Any]]:
-        """Every module that runs, with its full path."""
+        """Give every module that runs, with its full path."""
         left_out: set[int] = {id(inner) for other in self.others for inner in other.modules()}
         for name, module in self.root.named_modules():
             if id(module) in left_out:

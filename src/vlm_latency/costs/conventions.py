@@ -21,7 +21,7 @@ from vlm_latency.errors import UserError
 
 
 def lengths_by_layer(full: int, kept: int, at_layer: int, layers: int) -> list[int]:
-    """Positions that each layer sees when a sequence is shortened before layer `at_layer`.
+    """List the positions that each layer sees when a sequence is shortened before `at_layer`.
 
     Layers are numbered from 0: with ``at_layer`` 2 the layers 0 and 1 see all.
 
@@ -37,7 +37,7 @@ def lengths_by_layer(full: int, kept: int, at_layer: int, layers: int) -> list[i
 
 
 def shortened_prefill(census: Census, lengths: Sequence[int]) -> int:
-    """FLOPs of a prefill that has so many positions at each layer, as executed.
+    """Count the FLOPs of a prefill with these numbers of positions at each layer, as executed.
 
     Full-square attention within a layer, the head on the last position. With one length for all
     layers it is ``flops_llm_prefill``.
@@ -58,7 +58,7 @@ def shortened_prefill(census: Census, lengths: Sequence[int]) -> int:
 
 
 def shortened_decode(census: Census, lengths: Sequence[int], steps: int) -> int:
-    """FLOPs of so many decode forwards over the cache that such a prefill leaves."""
+    """Count the FLOPs of a number of decode forwards over the cache that such a prefill leaves."""
     seen = _checked(census, lengths)
     work = (_outside(census)["token"] + census.head.flops["head"]) * steps
     for layer, n in zip(census.layers, seen, strict=True):
@@ -182,7 +182,7 @@ def count(
 def table(
     costs: CostModel, shape: RequestShape, lengths: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """The same prefill by every convention: multiply by ``ratio`` to come to what runs.
+    """Count the same prefill by every convention; times ``ratio`` it is what is executed.
 
     Returns
     -------

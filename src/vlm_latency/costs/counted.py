@@ -229,7 +229,7 @@ class Counter:
         return cache
 
     def cached_elements(self) -> list[int]:
-        """Elements that each layer keeps of one token: keys and values."""
+        """Count the elements that each layer keeps of one token: keys and values."""
         layers: Any = self._short_cache.layers
         return [
             (layer.keys.numel() + layer.values.numel()) // SHORT

@@ -20,7 +20,7 @@ CONFIRMED_IMAGES = 4
 
 
 def prefill_flops(prefill: Callable[[int], int], lengths: Iterable[int]) -> dict[int, int]:
-    """FLOPs of prefill at each prompt length; `prefill` counts one."""
+    """Count the FLOPs of prefill at each prompt length; `prefill` counts one."""
     lengths = sorted(set(lengths))
     curve = _polynomial(prefill, 2, lengths)
     return {tokens: curve(tokens) for tokens in lengths}
@@ -29,7 +29,7 @@ def prefill_flops(prefill: Callable[[int], int], lengths: Iterable[int]) -> dict
 def decode_flops(
     step: Callable[[int], int], pairs: Iterable[tuple[int, int]], window: int | None = None
 ) -> dict[tuple[int, int], int]:
-    """FLOPs of all decode forwards, for each (prompt length, number of decode forwards).
+    """Count the FLOPs of all decode forwards, for each (prompt length, number of decode forwards).
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def decode_flops(
 def count_images(
     traits: Mapping[Any, Sequence[int]], count: Callable[[Any], Sequence[int]]
 ) -> dict[Any, tuple[int, ...]]:
-    """Counts of many images, which are linear in their traits; see the module's docstring.
+    """Count many images; counts are linear in their traits; see the module's docstring.
 
     Parameters
     ----------

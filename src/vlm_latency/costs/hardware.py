@@ -55,7 +55,7 @@ class Hardware:
     boards: tuple[str, ...] = ()
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s at a dtype.
+        """Give the FLOP/s at a dtype.
 
         Raises
         ------
@@ -108,7 +108,7 @@ def _devices() -> dict[str, Hardware]:
 
 
 def known_device(name: str) -> Hardware | None:
-    """The row whose name is in a device's full name ("NVIDIA H200" is an H200), or None.
+    """Find the row whose name is in a device's full name ("NVIDIA H200" is an H200), or None.
 
     A device of another board than the row's has other peaks, and is not that device.
 
@@ -128,7 +128,7 @@ def known_device(name: str) -> Hardware | None:
 
 
 def hardware(name: str) -> Hardware:
-    """The row of a device.
+    """Find the row of a device.
 
     Raises
     ------

@@ -37,7 +37,7 @@ class Memory:
 
     @classmethod
     def of(cls, architecture: Any) -> Memory:
-        """What was remembered of an architecture that a configuration describes."""
+        """Read what was remembered of an architecture that a configuration describes."""
         folder = cache_folder()
         if folder is None or getattr(architecture, "own_modules", True):
             return cls(None)

@@ -101,7 +101,7 @@ class CostModel:
         return found
 
     def flops(self, shape: RequestShape, estimator: str = "analytic") -> dict[str, Any]:
-        """FLOPs of each part and ``total``.
+        """Count the FLOPs of each part and ``total``.
 
         Parameters
         ----------
@@ -122,15 +122,15 @@ class CostModel:
         return without(found, self.unknown)
 
     def bytes_moved(self, shape: RequestShape, dtype: str) -> dict[str, Any]:
-        """Bytes of each part and ``total``; see `bytes_moved`."""
+        """Give the bytes of each part and ``total``; see `bytes_moved`."""
         return without(bytes_moved(self.census, shape, dtype), self.unknown)
 
     def kv_cache_bytes(self, shape: RequestShape, dtype: str) -> Any:
-        """Bytes of the cache at the end; see `kv_cache_bytes`."""
+        """Give the bytes of the cache at the end; see `kv_cache_bytes`."""
         return kv_cache_bytes(self.census, shape, dtype) if self.knows_cache else np.nan
 
     def peak_memory_bytes(self, shape: RequestShape, dtype: str) -> Any:
-        """Bytes at the peak; see `peak_memory_bytes`."""
+        """Give the bytes at the peak; see `peak_memory_bytes`."""
         known = self.knows_cache and not self.unknown
         return peak_memory_bytes(self.census, shape, dtype) if known else np.nan
 
@@ -151,7 +151,7 @@ class CostModel:
         return bool(expected == seen)
 
     def launches(self, shape: RequestShape) -> dict[str, Any]:
-        """Operations that each part launches, and ``total``: every eager operation but views.
+        """Count the operations that each part launches, and ``total``: all eager ones but views.
 
         Their number depends on the modules, not on the lengths; only an encoder with windows runs
         attention once per window, and is counted at each grid.
@@ -172,7 +172,7 @@ class CostModel:
         return {**launches, "total": sum(launches.values())}
 
     def does_not_add_up(self, shape: RequestShape) -> str | None:
-        """Why the parts are not the whole model, as far as the first request with an image tells.
+        """Say why the parts are not the whole model, by the first request that has an image.
 
         One forward of the whole model on shapes must cost what encoder, projector and decoder
         cost one by one. None where it does, or where the whole does not run on shapes.
@@ -353,7 +353,7 @@ class CostModel:
 
 
 def differences(analytic: dict[str, Any], counted: dict[str, Any]) -> dict[str, int]:
-    """Largest difference, counted − analytic, of each part where the two disagree.
+    """Give the largest difference, counted − analytic, of each part where the two disagree.
 
     >>> differences({"vision": 10, "projector": 4}, {"vision": 10, "projector": 6})
     {'projector': 2}
@@ -371,7 +371,7 @@ def differences(analytic: dict[str, Any], counted: dict[str, Any]) -> dict[str, 
 
 
 def without(costs: dict[str, Any], parts: Iterable[str]) -> dict[str, Any]:
-    """The same with NaN for some parts, and for the total if there are any.
+    """Put NaN for some parts, and for the total if there are any.
 
     >>> without({"vision": 3, "projector": 4, "total": 7}, ["vision"])
     {'vision': nan, 'projector': 4, 'total': nan}

@@ -114,7 +114,7 @@ class Predictor:
 def roofline_terms(
     table: pd.DataFrame, hardware: Hardware, dtype: str
 ) -> dict[tuple[str, str], np.ndarray]:
-    """Milliseconds that each part's compute, bytes and launches take at the ceilings.
+    """Give the milliseconds that each part's compute, bytes and launches take at the ceilings.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def roofline_terms(
 def predictors(
     entries: pd.DataFrame, hardware: Hardware, dtype: str
 ) -> dict[str, tuple[np.ndarray, Callable[..., Any]]]:
-    """What each of the four predictors looks at, and how it is fitted: for `cross_validate`.
+    """Say what each of the four predictors reads and how it is fitted: for `cross_validate`.
 
     Parameters
     ----------

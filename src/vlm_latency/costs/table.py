@@ -107,7 +107,7 @@ def cost_columns(
     hardware: Hardware | None,
     dtype: str,
 ) -> dict[str, Any]:
-    """Everything that follows from shapes alone, by column name; arrays as long as `shape`'s."""
+    """Compute all that follows from shapes alone, by column name; arrays as long as `shape`'s."""
     flops, unknown, notes = _all_flops(costs, shape, counted)
     launches = _where_it_runs("launches", lambda: costs.launches(shape), notes)
     chosen = flops[ESTIMATORS[estimator].removeprefix("_")]

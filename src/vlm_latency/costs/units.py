@@ -48,7 +48,7 @@ class Windows:
         return squares * self.merge**4
 
     def number(self, height: int, width: int) -> int:
-        """How many windows a grid of height × width patches has.
+        """Count the windows of a grid of height × width patches.
 
         >>> Windows(side=2, merge=2).number(6, 4)
         2
@@ -75,14 +75,14 @@ class Tally:
     unknown: list[str] = field(default_factory=list)
 
     def linear(self, unit: str, width_in: int, width_out: int, times: int = 1) -> None:
-        """A product with a weight of width_in × width_out, `times` over (experts per token)."""
+        """Count a product with a width_in × width_out weight, `times` over (experts per token)."""
         self.flops[unit] += 2 * width_in * width_out * times
         self.elements[unit] += (width_in + width_out) * times
         # A layer's input, its output, and what an activation or a gate makes of it.
         self.widest = max(self.widest, width_in + 3 * width_out)
 
     def attention(self, unit: str, width: int) -> None:
-        """Scores and weighted values: two products of `width` = heads × head size per pair."""
+        """Count scores and weighted values: two products of `width` (heads × head size) a pair."""
         self.flops[unit] += 4 * width
 
     def not_known(self, path: str, reason: str = "") -> None:
@@ -128,7 +128,7 @@ class Census:
         return {part: tuple(names) for part, names in found.items() if names}
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON holds them; see `from_json`."""
+        """Give all fields as JSON holds them; see `from_json`."""
         return {
             **vars(self),
             **{part: vars(getattr(self, part)) for part in ("vision", "projector", "llm", "head")},
@@ -138,7 +138,7 @@ class Census:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Census:
-        """The census that `to_json` gave."""
+        """Make the census that `to_json` gave."""
 
         def tally(values: dict[str, Any]) -> Tally:
             counts = {name: Counter(values[name]) for name in ("flops", "elements")}
@@ -235,7 +235,7 @@ def units(census: Census, shape: RequestShape, grid_pairs: Any = 0) -> dict[str,
 
 
 def causal_pairs(census: Census, shape: RequestShape) -> dict[str, Any]:
-    """Query × key pairs of prefill that the causal mask leaves.
+    """Count the query × key pairs of prefill that the causal mask leaves.
 
     Where images see themselves in both directions, the pairs above the diagonal within the image
     are added (taken as one block).

@@ -30,7 +30,7 @@ def workload_columns(
     vision_tokens: ArrayLike | None = None,
     encoded: ArrayLike | None = None,
 ) -> pd.DataFrame:
-    """Costs of requests that need not exist: one image size, other numbers of vision tokens.
+    """Compute costs of requests that were not run: one image size, other numbers of vision tokens.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def latency_grid(
     vision_tokens: Sequence[int],
     output_tokens: Sequence[int],
 ) -> pd.DataFrame:
-    """Latency over vision tokens × output tokens, one row per cell.
+    """Predict latency over vision tokens × output tokens, one row per cell.
 
     The vision part is in proportion to that of `image`. Columns: ``num_vision_tokens``,
     ``num_output_tokens``, what `Predictor.predict` gives, and ``extrapolated``: whether the cell is
@@ -181,7 +181,7 @@ def pruning_table(
     keep: Sequence[float],
     drop_layer: int,
 ) -> pd.DataFrame:
-    """What dropping vision tokens could win at best, by where they are dropped.
+    """Predict what dropping vision tokens could save at best, by where they are dropped.
 
     Before the encoder all parts shrink; after the projector prefill and decode do; at decoder
     layer k the first k layers still see every token, in prefill and in the cache. Choosing which

@@ -149,7 +149,7 @@ class Part:
 
 
 def inductor_options(device: torch.device) -> dict[str, Any] | None:
-    """Kernels of one row tuned for bandwidth: products with one token become reductions."""
+    """Choose kernels of one row tuned for bandwidth: products with one token become reductions."""
     on_gpu = device.type == "cuda" and BACKEND == "inductor"
     return {"coordinate_descent_tuning": True} if on_gpu else None
 

@@ -48,7 +48,7 @@ class Delay(Protocol):
         """Delay what follows."""
 
     def length_ms(self) -> float:
-        """How long the last delay was, in milliseconds; waits for it."""
+        """Say how long the last delay was, in milliseconds; waits for it."""
 
 
 class HostSpin:

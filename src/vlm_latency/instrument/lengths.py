@@ -103,7 +103,7 @@ class Met:
 
     @classmethod
     def of(cls, vlm: LoadedModel) -> Met:
-        """What was met with this model; kept on it, since another one has other kernels."""
+        """Give what was met with this model; kept on it, since another one has other kernels."""
         met: Met = vars(vlm).setdefault("_met", cls())
         return met
 
@@ -123,7 +123,7 @@ class Met:
 
 
 def prompt_of(counts: TokenCounts) -> Prompt:
-    """What the kernels of a prefill depend on."""
+    """Give what the kernels of a prefill depend on."""
     return counts.num_crops, counts.num_vision_patches, counts.num_total_tokens
 
 

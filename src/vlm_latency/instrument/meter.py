@@ -62,7 +62,7 @@ class Reading:
 
 @contextlib.contextmanager
 def quiet(device: torch.device) -> Iterator[None]:
-    """Around a timed region: no garbage collection, no autograd, device idle at the start."""
+    """Surround a timed region: no garbage collection, no autograd, device idle at the start."""
     collecting = gc.isenabled()
     gc.disable()
     try:

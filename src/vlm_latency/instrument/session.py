@@ -336,7 +336,7 @@ def cached(fetch: Fetch) -> Fetch:
 
 @contextlib.contextmanager
 def undisturbed(vlm: LoadedModel) -> Iterator[None]:
-    """The chosen number of CPU threads, and no garbage collection but between runs."""
+    """Hold the chosen number of CPU threads, and collect no garbage but between runs."""
     collecting = gc.isenabled()
     threads = vlm.set_threads(thread_count(vlm.options, str(vlm.device)))
     gc.freeze()  # what is there by now stays: collections look at new objects only
@@ -351,7 +351,7 @@ def undisturbed(vlm: LoadedModel) -> Iterator[None]:
 
 
 def now() -> str:
-    """The time in UTC, as the record has it."""
+    """Give the time in UTC, as the record has it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 

@@ -289,7 +289,7 @@ def plateau(times: list[float], at_least: int) -> bool:
 
 
 def shape_of(counts: TokenCounts) -> tuple[int, int]:
-    """What is warmed up apart: a number of crops; without tiles, patches to a quarter octave."""
+    """Say what is warmed up apart: a number of crops; without tiles, patches to ¼ octave."""
     if counts.tiling_rows is not None:
         return counts.num_crops, 0
     return counts.num_crops, round(4 * log2(max(1, counts.num_vision_patches)))

@@ -163,16 +163,16 @@ class Architecture:
         return count_parameters(self.meta_model(), self.components)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one position takes in the key-value cache, over all layers."""
+        """Give the bytes that one position takes in the key-value cache, over all layers."""
         values = 2 * self.num_layers * self.num_kv_heads * self.head_dim
         return values * BYTES_PER_VALUE[dtype]
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of all parameters."""
+        """Give the bytes of all parameters."""
         return self.parameters.params_total * BYTES_PER_VALUE[dtype]
 
     def meta_model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
-        """The model itself on the meta device: shapes, no numbers.
+        """Build the model itself on the meta device: shapes, no numbers.
 
         Built once for each of ``sdpa`` and ``eager``.
         """
@@ -192,7 +192,7 @@ class Architecture:
         return self._make_preparer()
 
     def image_tokens(self, width: int, height: int) -> TokenCounts:
-        """What an image of this size (pixels) becomes, without text.
+        """Count what an image of this size (pixels) becomes, without text.
 
         ``num_total_tokens`` counts the vision tokens and the special ones around them. Molmo has a
         closed form; elsewhere the family's own processor is run on a blank image, once for each
@@ -226,7 +226,7 @@ class Architecture:
     def dummy_inputs(
         self, width: int, height: int, num_text_tokens: int, device: str | torch.device = "meta"
     ) -> dict[str, torch.Tensor]:
-        """Inputs of exactly the names, shapes and types that the processor gives.
+        """Make inputs of exactly the names, shapes and types that the processor gives.
 
         Parameters
         ----------
@@ -265,7 +265,7 @@ class Architecture:
         }
 
     def image_sizes_for_ladder(self, n: int) -> list[tuple[int, int]]:
-        """Image sizes (width, height) of strictly increasing numbers of vision tokens.
+        """List image sizes (width, height) of strictly increasing numbers of vision tokens.
 
         For models without Molmo's tiles. At most `n`; fewer where the model knows fewer numbers of
         tokens (LLaVA-1.5 and Gemma 3 give every image the same: one size; SmolVLM knows four).

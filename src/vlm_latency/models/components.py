@@ -85,7 +85,7 @@ class Components:
     aside: tuple[str, ...] = ()
 
     def resolve(self, model: nn.Module) -> Modules:
-        """The modules at these paths in `model`."""
+        """Find the modules at these paths in `model`."""
         return Modules(
             vision_encoder=model.get_submodule(self.vision_encoder),
             projector=tuple(model.get_submodule(path) for path in self.projector),
@@ -250,7 +250,7 @@ class Parameters:
     moe_top_k: int | None
 
     def to_dict(self) -> dict[str, int | None]:
-        """By the names that results use."""
+        """Give the numbers by the names that results use."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

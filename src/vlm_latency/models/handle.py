@@ -90,18 +90,18 @@ def describe(options: ModelOptions) -> ModelArchitecture:
 
 
 def resolve_device(options: ModelOptions) -> str:
-    """Where the model runs: ``cpu``, ``cuda:0``; a device that is not there is a `ModelError`."""
+    """Say where the model runs: ``cpu``, ``cuda:0``; a missing device is a `ModelError`."""
     return str(room_of(options).resolve_device(options))
 
 
 def dtype_name(options: ModelOptions) -> str:
-    """What the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
+    """Say what the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
     room = room_of(options)
     return str(room.resolve_dtype(options, room.resolve_device(options))).removeprefix("torch.")
 
 
 def thread_count(options: ModelOptions, device: str | None = None) -> int:
-    """CPU threads while measuring: as asked for, or one on a CPU and torch's default beside a GPU."""
+    """Count CPU threads while measuring: those asked for, or 1, or torch's default with a GPU."""
     if options.num_threads is not None:
         return options.num_threads
     if (device or resolve_device(options)).startswith("cpu"):
@@ -112,5 +112,5 @@ def thread_count(options: ModelOptions, device: str | None = None) -> int:
 
 
 def known_models(zoo_file: str | None = None) -> list[str]:
-    """The zoo's names, with those of a user's own zoo file."""
+    """List the zoo's names, with those of a user's own zoo file."""
     return sorted(load_zoo(zoo_file).models)

@@ -53,7 +53,7 @@ class Meter(Protocol):
     def bare(
         self, prepared: Any, max_new_tokens: int, stop_at_eos: bool = False
     ) -> tuple[float, list[int]]:
-        """Give milliseconds and tokens of one request without any instrument."""
+        """Give the milliseconds and tokens of one request without any instrument."""
 
 
 class ModelArchitecture(Protocol):

@@ -160,7 +160,7 @@ class VLM:
         return prepared.moved(inputs)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of output tokens, without special ones."""
+        """Give the text of output tokens, without special ones."""
         text = self.preparer.tokenizer.decode(
             token_ids,
             skip_special_tokens=True,
@@ -169,7 +169,7 @@ class VLM:
         return str(text)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text by itself."""
+        """Count the tokens of a text by itself."""
         check_prompt(text)
         return len(self.preparer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -232,7 +232,7 @@ def load(options: ModelOptions) -> VLM:
 
 
 def resolve_device(options: ModelOptions) -> torch.device:
-    """The device: ``auto`` is the GPU where there is one.
+    """Choose the device: ``auto`` is the GPU where there is one.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def resolve_device(options: ModelOptions) -> torch.device:
 
 
 def resolve_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """The type of weights: ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
+    """Choose the type of weights: ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
     if options.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, options.dtype)

@@ -149,7 +149,7 @@ class NullMeter:
     def bare(
         self, prepared: Prepared, max_new_tokens: int, stop_at_eos: bool = False
     ) -> tuple[float, list[int]]:
-        """Give milliseconds and tokens of an uninstrumented run."""
+        """Give the milliseconds and tokens of an uninstrumented run."""
         return self._sleep(), [0] * max_new_tokens
 
     def _sleep(self) -> float:

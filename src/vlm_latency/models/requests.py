@@ -90,7 +90,7 @@ class Prepared:
         return self._count()
 
     def moved(self, inputs: dict[str, torch.Tensor]) -> Prepared:
-        """The same request with its inputs elsewhere."""
+        """Give the same request with its inputs elsewhere."""
         return Prepared(inputs, lambda: self.counts)
 
 
@@ -246,7 +246,7 @@ def _same(one: list[int], other: list[int]) -> int:
 
 
 def image_token_id(config: Any, processor: Any = None) -> int:
-    """The id at the positions that carry an image feature."""
+    """Find the id at the positions that carry an image feature."""
     for holder in (config, processor):
         for name in ("image_token_id", "image_token_index", "image_patch_id"):
             found = getattr(holder, name, None)
@@ -295,7 +295,7 @@ def pretrained_preparer(
     revision: str | None,
     trust_remote_code: bool,
 ) -> Preparer:
-    """The processor that a checkpoint brings."""
+    """Load the processor that a checkpoint brings."""
     from transformers import AutoProcessor
     from transformers.models.auto import processing_auto
     from transformers.utils.import_utils import is_torchvision_available
@@ -326,7 +326,7 @@ def wrap_processor(
     family: Family,
     prompt_builder: Callable[[str], str] | None = None,
 ) -> Preparer:
-    """A preparer around a processor that is there: by its chat template, or else the family's."""
+    """Wrap a processor that is there: by its chat template, or else the family's."""
     if family.prompt is None and prompt_builder is None:
         return Preparer(processor, config, None, None)
     mark = family.image or getattr(processor, "image_token", None)

@@ -35,7 +35,7 @@ def check_weights(folder: Path) -> None:
 
 
 def few(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Give the first of many names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 

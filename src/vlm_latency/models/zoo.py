@@ -57,7 +57,7 @@ class Zoo:
     models: Mapping[str, Entry]
 
     def find(self, name: str) -> Entry:
-        """The entry of this name.
+        """Find the entry of this name.
 
         Raises
         ------
@@ -76,18 +76,18 @@ class Zoo:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name is a hub id or a local folder rather than a name of the zoo."""
+    """Say whether a model's name is a hub id or a local folder rather than a name of the zoo."""
     return "/" in name or "\\" in name or name in {".", ".."} or Path(name, "config.json").is_file()
 
 
 def own_file(name: str | None) -> tuple[Path, str] | None:
-    """File and function of a name like ``mine.py:make_model``; None for any other name."""
+    """Read file and function of a name like ``mine.py:make_model``; None for any other name."""
     path, _, function = (name or "").rpartition(":")
     return (Path(path).expanduser(), function) if path.endswith(".py") else None
 
 
 def weights_kind(options: ModelOptions) -> str:
-    """``"pretrained"`` or ``"random"`` (`auto` is random for names of the zoo), or ``"own"``."""
+    """Say ``"pretrained"``, ``"random"`` (`auto` is random for names of the zoo) or ``"own"``."""
     if own_file(options.name):
         return "own"
     if options.weights != "auto":

@@ -33,12 +33,12 @@ _NORMS = {
 
 
 def is_hub_format(names: Iterable[str]) -> bool:
-    """Whether these are the hub's state-dict names rather than ours."""
+    """Say whether these are the hub's state-dict names rather than ours."""
     return any(name.startswith(_HUB_PREFIX) for name in names)
 
 
 def hub_conversions(config: MolmoConfig) -> list[WeightTransform]:
-    """Renames and conversions that turn the hub's tensors into ours, in the order of application.
+    """List renames and conversions from the hub's tensors to ours, in the order of application.
 
     Experts are renamed only: transformers merges those of an OLMoE by itself.
     """
@@ -210,7 +210,7 @@ def _few(names: list[str]) -> str:
 def check_tensors(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Every expected tensor is there in its shape, and no other.
+    """Check that every expected tensor is there in its shape, and no other.
 
     Raises
     ------

@@ -268,13 +268,13 @@ class MolmoModel(MolmoPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The joined table of all tokens, those without an output of the head last."""
+        """Give the joined table of all tokens, those without an output of the head last."""
         return self.language_model.get_input_embeddings()
 
     def get_image_features(
         self, pixel_values: torch.Tensor, image_masks: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Vision tower and connector.
+        """Run vision tower and connector.
 
         Parameters
         ----------
@@ -373,7 +373,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Give the head."""
         return self.lm_head
 
     def get_image_features(

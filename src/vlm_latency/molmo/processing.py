@@ -59,7 +59,7 @@ class MolmoProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: MolmoConfig, tokenizer: PreTrainedTokenizerBase) -> MolmoProcessor:
-        """The processor of a configuration; the tokenizer may lack the special tokens."""
+        """Make the processor of a configuration; the tokenizer may lack the special tokens."""
         crop = config.vision_config.image_size
         images = MolmoImageProcessor(
             max_crops=config.max_crops,

@@ -47,14 +47,14 @@ class ImageTokens(NamedTuple):
 
 
 def window_size(patch_size: int = 14, crop: int = 336, margins: tuple[int, int] = (4, 4)) -> int:
-    """Pixels by which neighbouring crops are apart: a crop less both its margins (224)."""
+    """Give the pixels by which neighbouring crops are apart: a crop less both its margins (224)."""
     return crop - sum(margins) * patch_size
 
 
 def canvas_size(
     tiles: int, patch_size: int = 14, crop: int = 336, margins: tuple[int, int] = (4, 4)
 ) -> int:
-    """Pixels that `tiles` overlapping crops cover along one side (224 n + 112)."""
+    """Give the pixels that `tiles` overlapping crops cover along one side (224 n + 112)."""
     return tiles * window_size(patch_size, crop, margins) + sum(margins) * patch_size
 
 
@@ -78,7 +78,7 @@ def select_tiling(
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
 ) -> tuple[int, int]:
-    """The grid of tiles for an image of this size.
+    """Choose the grid of tiles for an image of this size.
 
     Of all grids with at most `max_crops` tiles, the one that needs the least upscaling; if every
     grid would shrink the image, the one that shrinks it least. The first in the order (tiles, rows)
@@ -121,7 +121,7 @@ def image_size_for_tiling(
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
 ) -> tuple[int, int]:
-    """The (width, height) of an image that fills a grid of rows × cols tiles without rescaling.
+    """Give the (width, height) of an image that fills a grid of rows × cols tiles unscaled.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def image_token_counts(
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
 ) -> ImageTokens:
-    """Crops, tokens and patches of an image of this size (pixels).
+    """Count crops, tokens and patches of an image of this size (pixels).
 
     Examples
     --------
@@ -221,7 +221,7 @@ def image_token_layout(
     crop: int = 336,
     margins: tuple[int, int] = (4, 4),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The image's part of the prompt and where each crop's features go in it.
+    """Lay out the image's part of the prompt, and where each crop's features go in it.
 
     The global crop comes first, then the canvas of all tiles, each row by row as
     ``START (PATCH… COLUMN)… END``.

@@ -22,7 +22,7 @@ def carried(squares: Floats) -> bool:
 def mean_estimate(
     values: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95
 ) -> Estimate:
-    """Mean with its interval: Student's t, corrected for skewness by Hall's transformation.
+    """Estimate a mean: Student's t, corrected for skewness by Hall's transformation.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def ratio_estimate(
     *,
     level: float = 0.95,
 ) -> Estimate:
-    """Ratio of two means over the same observations, such as the share of a component in T_total.
+    """Estimate a ratio of two means over the same observations, such as a share of T_total.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ FEW_CLUSTERS = 6
 
 
 def needed_n(q: float, level: float = 0.95) -> int:
-    """Observations from which on both ends of the interval of percentile `q` are bounded.
+    """Count the observations from which on both ends of percentile `q`'s interval are bounded.
 
     The largest of n observations bounds the percentile from above at a risk of (q / 100)ⁿ, the
     smallest from below at (1 − q / 100)ⁿ; each must be at most (1 − level) / 2.
@@ -33,7 +33,7 @@ def needed_n(q: float, level: float = 0.95) -> int:
 def percentile(
     values: ArrayLike, q: float, level: float = 0.95, clusters: ArrayLike | None = None
 ) -> Estimate:
-    """Percentile `q` with the distribution-free interval of order statistics.
+    """Estimate percentile `q` with the distribution-free interval of order statistics.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def percentile(
 def tail_ratio(
     values: ArrayLike, level: float = 0.95, clusters: ArrayLike | None = None
 ) -> Estimate:
-    """P99 / P50 with a distribution-free interval.
+    """Estimate P99 / P50 with a distribution-free interval.
 
     Two intervals, each at half the risk (Bonferroni), are divided end by end, so the interval
     holds at least at `level`; its upper end needs 437 values at 95 %.

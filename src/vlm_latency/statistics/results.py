@@ -85,15 +85,15 @@ class Estimate(Result):
     note: str = ""
 
     def above(self, x: float) -> bool:
-        """Whether the whole interval lies above `x`; an unbounded low end never does."""
+        """Say whether the whole interval lies above `x`; an unbounded low end never does."""
         return self.low is not None and self.low - x > ROUNDING * abs(x)
 
     def below(self, x: float) -> bool:
-        """Whether the whole interval lies below `x`; an unbounded high end never does."""
+        """Say whether the whole interval lies below `x`; an unbounded high end never does."""
         return self.high is not None and x - self.high > ROUNDING * abs(x)
 
     def within(self, low: float, high: float) -> bool:
-        """Whether the whole interval lies in [low, high], ends included."""
+        """Say whether the whole interval lies in [low, high], ends included."""
         return not (
             self.low is None
             or self.high is None

@@ -37,7 +37,7 @@ _CONTRACTIONS = {
 
 
 def normalise_answer(text: str) -> str:
-    """Text as the official evaluation compares it.
+    """Normalise a text as the official evaluation compares it.
 
     Lower case, without articles, sentence punctuation or periods (decimal points stay), number
     words as digits, contractions with their apostrophes.
@@ -59,7 +59,7 @@ def normalise_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Official VQA accuracy of one prediction, 0 to 1.
+    """Compute the official VQA accuracy of one prediction, 0 to 1.
 
     The mean over the answers, each left out once, of ``min(1, matches among the others / 3)``
     (Antol et al. 2015, section 5; VQA v2 has ten answers per question).

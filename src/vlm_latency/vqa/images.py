@@ -33,12 +33,12 @@ MAX_SIDE = 16_384  # pixels, of an image made or resized by a recipe
 
 
 def noise_recipe(seed: int, width: int, height: int) -> str:
-    """The recipe of a synthetic photo of ``width`` × ``height`` pixels, as JSON."""
+    """Write the recipe of a synthetic photo of ``width`` × ``height`` pixels, as JSON."""
     return f'{{"kind": "noise", "seed": {seed}, "width": {width}, "height": {height}}}'
 
 
 def at_size(recipe: str | None, width: int, height: int) -> str:
-    """The recipe of the same image at ``width`` × ``height`` pixels.
+    """Write the recipe of the same image at ``width`` × ``height`` pixels.
 
     A file's image (no recipe) is cut and scaled, a synthetic one is made anew from its seed.
     """
@@ -98,7 +98,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
-    """Width and height in pixels from the header of a file or of its bytes, nothing decoded.
+    """Read width and height in pixels from the header of a file or of its bytes.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def image_bytes(row: Mapping[str, Any] | pd.Series, root: Path | str | None) -> bytes:
-    """The encoded image of a request, from its file or made by its recipe.
+    """Read the encoded image of a request from its file, or make it by its recipe.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def image_bytes(row: Mapping[str, Any] | pd.Series, root: Path | str | None) -> 
 
 
 def read_file(root: Path, path: str) -> bytes:
-    """The bytes of the file at ``path`` inside ``root``.
+    """Read the bytes of the file at ``path`` inside ``root``.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def read_file(root: Path, path: str) -> bytes:
 
 
 def sha256(data: bytes) -> str:
-    """The SHA-256 of an encoded image, as hexadecimal digits."""
+    """Compute the SHA-256 of an encoded image, as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 

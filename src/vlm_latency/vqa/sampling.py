@@ -115,7 +115,7 @@ def sweep_vision_requests(
     seed: int = 0,
     experiment: str = "exp3",
 ) -> pd.DataFrame:
-    """One synthetic image per grid 1×1 … 1×max_grid_size (exp3).
+    """Make one synthetic image per grid 1×1 … 1×max_grid_size (exp3).
 
     ``exact`` images are 224k + 112 pixels wide and hit grid 1×k exactly; ``seed`` images are 336k
     wide, as the seed's, and give the tilings 1×{1, 3, 4, 6, 7, 9, 10, 12, …}. With
@@ -156,7 +156,7 @@ def sweep_vision_requests(
 def sweep_sizes_requests(
     sizes: Iterable[tuple[int, int]], seed: int = 0, experiment: str = "exp3"
 ) -> pd.DataFrame:
-    """One synthetic image per (width, height) in pixels: exp3 for models without tiles."""
+    """Make one synthetic image per (width, height) in pixels: exp3 for models without tiles."""
     sizes = list(dict.fromkeys(sizes))
     if not sizes or not all(1 <= side <= MAX_SIDE for size in sizes for side in size):
         raise DataError(
@@ -178,7 +178,7 @@ def sweep_language_requests(
     until_eos: bool = False,
     experiment: str = "exp4",
 ) -> pd.DataFrame:
-    """The same drawn images and questions at every output length (exp4).
+    """Ask the same drawn images and questions at every output length (exp4).
 
     Exactly so many tokens are forced; with ``until_eos`` the end-of-sequence token may stop earlier.
 

@@ -56,7 +56,7 @@ class QuestionSource:
     fetch: Callable[[pd.DataFrame], pd.DataFrame] | None = field(default=None, repr=False)
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the questions, ready for JSON: names, counts and the table's SHA-256."""
+        """Say what identifies the questions, for JSON: names, counts and the table's SHA-256."""
         return {
             "name": self.name,
             "source": self.source,
@@ -73,7 +73,7 @@ class QuestionSource:
         return table_sha256(self.table)
 
     def with_images(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The given rows of the table with their images in reach under ``root``."""
+        """Bring the images of the given rows into reach under ``root``."""
         return rows if self.fetch is None else self.fetch(rows)
 
 
@@ -96,7 +96,7 @@ def identifier(value: Any) -> str | None:
 
 
 def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFrame:
-    """The question table of checked columns of values; those not given are NA.
+    """Make the question table of checked columns of values; those not given are NA.
 
     Raises
     ------
@@ -124,12 +124,12 @@ def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFra
 
 
 def majority(answers: list[str] | None) -> str | None:
-    """The most frequent answer, the earliest of several; None where there are no answers."""
+    """Find the most frequent answer, the earliest of several; None where there are no answers."""
     return Counter(answers).most_common(1)[0][0] if answers else None
 
 
 def table_sha256(table: pd.DataFrame) -> str:
-    """SHA-256 of a table's column names and values, whatever file they came from."""
+    """Hash a table's column names and values, whatever file they came from (SHA-256)."""
     digest = hashlib.sha256()
     for name, column in table.items():
         texts = column.astype("string").fillna("\x00")

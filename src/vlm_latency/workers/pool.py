@@ -79,7 +79,7 @@ class Pool:
         return found[index]
 
     def ceilings(self, seconds: float) -> list[dict[str, Any]]:
-        """What each worker's device can do at most, measured by all at the same time."""
+        """Measure what each worker's device can do at most, all at the same time."""
         found = self._ask("ceilings", seconds)
         return [{**found[index], "worker_index": index} for index in sorted(found)]
 

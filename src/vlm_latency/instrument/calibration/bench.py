@@ -106,7 +106,7 @@ class Bench:
 
 
 def half_width(estimate: Estimate) -> float:
-    """Half the length of an estimate's interval; infinite where an end is not known."""
+    """Give half the length of an estimate's interval; infinite where an end is not known."""
     if estimate.low is None or estimate.high is None:
         return math.inf
     return float(estimate.high - estimate.low) / 2

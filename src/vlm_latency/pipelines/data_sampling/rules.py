@@ -217,7 +217,7 @@ def reductions(options: ExperimentOptions[Any], model: ModelHandle) -> list[tupl
 
 
 def file_version(name: str) -> str:
-    """A mark of what is in a method's file, so that a changed one is measured afresh."""
+    """Hash a method's file, so that a changed one is measured afresh."""
     path, _, _ = name.rpartition(":")
     return f"#{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}" if path else ""
 
