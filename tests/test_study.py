@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from vlm_latency.results import FILES, POOLED, read_run
+from vlm_latency.results import POOLED, read_run, result_path
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "docs" / "study"
@@ -35,12 +36,83 @@ def tool() -> Any:
 
 
 def result(folder: str, name: str) -> dict[str, Any]:
-    return json.loads((STUDY / folder / name / f"{FILES[name]}.json").read_text(encoding="utf-8"))
+    return json.loads(result_path(STUDY / folder, name).read_text(encoding="utf-8"))
 
 
 def test_every_text_is_what_its_data_give(tool: Any) -> None:
     for path, text in tool.texts().items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: python docs/study writes it"
+
+
+EXPERIMENTS = [
+    pytest.param(folder, name, marks=pytest.mark.slow if name in ("exp1", "exp2") else ())
+    for folder in FOLDERS
+    for name in ("exp1", "exp2", "exp3", "exp4", "exp5")
+    if (STUDY / folder / name).is_dir()
+]
+
+
+@pytest.mark.parametrize(("folder", "name"), EXPERIMENTS)
+def test_results_are_reported_from_the_published_runs(tool: Any, folder: str, name: str) -> None:
+    """Fits, percentiles, intervals, verdicts and sentences, by the project's code as it is."""
+    found = result(folder, name)
+    if name == "exp5":
+        ours = tool.again.related(found, result(folder, "exp3"), result(folder, "exp4"))
+    else:
+        ours = tool.again.reported(found, name, read_run(STUDY / folder).tables[name])
+    assert {"statistics", "claims", "finding"} <= set(ours)
+    for key, value in ours.items():
+        same(value, found[key], f"{folder}/{name}/{key}")
+
+
+def same(one: Any, other: Any, where: str) -> None:
+    """Equal but for the last digits, which libraries of linear algebra disagree on."""
+    if isinstance(one, dict):
+        assert set(one) == set(other), where
+        for key in one:
+            same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            same(*pair, f"{where}/{number}")
+    elif isinstance(one, float):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-9), where
+    else:
+        assert one == other, where
+
+
+REDUCED = [folder for folder in FOLDERS if (STUDY / folder / "exp6").is_dir()]
+
+
+@pytest.mark.parametrize("folder", REDUCED)
+def test_speed_ups_by_other_means(folder: str) -> None:
+    """Pairs of runs of one question; Student's t on the logarithms of their ratios."""
+    rows = OK[(OK["study_run"] == folder) & (OK["experiment"] == "exp6")]
+    pair = ["question_id", "run_index"]
+    before = rows[rows["method"] == "baseline"].set_index(pair)
+    for entry in result(folder, "exp6")["results"]:
+        own = rows[(rows["method"] == entry["method"]) & (rows["keep"] == entry["keep"])]
+        own = own.set_index(pair)
+        for column in ("T_first_token", "T_total"):
+            logs = np.log(before[column] / own[column]).dropna()
+            half = stats.t.ppf(0.975, len(logs) - 1) * logs.sem()
+            told = entry["measured"][column]["speed_up"]
+            assert told["value"] == pytest.approx(np.exp(logs.mean()), rel=1e-9)
+            assert told["low"] == pytest.approx(np.exp(logs.mean() - half), rel=1e-6)
+            assert told["high"] == pytest.approx(np.exp(logs.mean() + half), rel=1e-6)
+            verdict = entry["measured"][column]["verdict"]
+            assert verdict != "FASTER" or told["low"] > 1
+            assert verdict != "SLOWER" or told["high"] < 1
+
+
+@pytest.mark.parametrize(
+    "folder", [name for name in FOLDERS if (STUDY / name / "explain").is_dir()]
+)
+def test_idle_is_what_busy_leaves(folder: str) -> None:
+    for part in result(folder, "explain")["components"].values():
+        idle = 1 - part["busy"] / part["wall"]["value"]
+        assert part["idle_share"] == pytest.approx(idle, abs=0.02)
+        assert part["bound"] == "launches" or idle < 0.5
 
 
 def numbers(cell: str) -> list[float]:

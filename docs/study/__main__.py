@@ -1,10 +1,14 @@
-"""Publish a study: ``python docs/study RUNS_FOLDER``; without a folder, write its texts again."""
+"""Publish a study: ``python docs/study RUNS_FOLDER`` adds runs; without a folder it is written again.
+
+Either way the results are reported anew from the published runs, so that all are by the same code.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import again
 import evidence as ev
 import page
 from gather import gather
@@ -43,6 +47,7 @@ def draw() -> None:
     )
     style = Style(dpi=150)
     found = {run.label: ev.headline(run) for run in runs}
+    found = {label: numbers for label, numbers in found.items() if any(numbers.values())}
     first_and_next(found, context, style).savefig(STUDY / page.FIRST)
     swept = [
         Run(run.label, {"exp3": run.tables["exp3"]}, {}) for run in runs if "exp3" in run.tables
@@ -56,6 +61,7 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("expected one folder of runs, or none")
     if arguments:
         gather(Path(arguments[0]), STUDY)
+    again.refresh(STUDY)
     draw()
     for path, text in texts().items():
         path.write_text(text, encoding="utf-8")

@@ -43,6 +43,15 @@ class StudyRun:
         return next(iter(self.results.values()))["environment"]
 
     @property
+    def hosts(self) -> dict[str, list[str]]:
+        """What its results were measured beside, and which: processor's cores."""
+        found: dict[str, list[str]] = {}
+        for name, result in self.results.items():
+            if line := result.get("environment", {}).get("line"):
+                found.setdefault(line.split(",")[0].rpartition(" beside ")[2], []).append(name)
+        return found
+
+    @property
     def model(self) -> dict[str, Any]:
         return self.environment["model"]
 

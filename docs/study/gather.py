@@ -15,6 +15,8 @@ from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, typed
 from vlm_latency.results import POOLED, read_json, result_path
 
 LIMIT = 10_000_000  # bytes, of the whole published folder
+# Figures of one run that the page shows.
+FIGURES = {"explain": ("explain.png",), "exp6": ("exp6_token_reduction.png",)}
 # An entry of these is a question; its runs are in the table.
 OF_QUESTIONS = ("exp1", "exp2")
 NAMED = ("request_id", "num_runs", "T_total", "T_first_token")
@@ -33,13 +35,11 @@ def published(folder: Path) -> list[Path]:
 
 
 def gather(folder: Path, study: Path) -> None:
-    """Publish all folders of runs in place of those published before."""
+    """Publish results of runs beside those published before, and in place of the same ones."""
     runs = published(folder)
     if not runs:
         raise SystemExit(f"no folder below {folder} holds a result of {', '.join(measured())}")
-    for earlier in published(study):
-        shutil.rmtree(earlier)
-    tables = []
+    tables, new = [], set()
     for run in runs:
         for name in studies():
             if not (path := result_path(run, name)).is_file() or name in ("predict", "compare"):
@@ -48,9 +48,19 @@ def gather(folder: Path, study: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(slim(read_json(path), name), indent=1, ensure_ascii=False)
             target.write_text(text + "\n", encoding="utf-8")
+            for figure in FIGURES.get(name, ()):
+                shutil.copyfile(run / name / "figures" / figure, target.parent / figure)
             if name in measured():
                 records = pd.read_parquet(run / name / f"{name}_records.parquet")
                 tables.append(records.assign(study_run=run.name))
+                new.add((run.name, name))
+    if (study / POOLED).is_file():
+        rows = pd.read_parquet(study / POOLED)
+        still = [
+            pair not in new and result_path(study / pair[0], pair[1]).is_file()
+            for pair in zip(rows["study_run"], rows["experiment"], strict=True)
+        ]
+        tables.insert(0, rows[still])
     columns = {"study_run": "string", **MEASURED_COLUMNS, **COST_COLUMNS}
     # Absent columns of one run must not decide the type of another's.
     whole = typed(pd.concat([table.astype(object) for table in tables]), columns)

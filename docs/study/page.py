@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import evidence as ev
 from evidence import StudyRun
+from gather import FIGURES
 
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.pipelines.reporting.results import marks
@@ -16,6 +18,12 @@ from vlm_latency.statistics import Estimate
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 FIRST = "first_and_next.png"
 SWEEP = "vision_tokens.png"
+REMARKS = (
+    "Runs beside 16 of 32 cores were made two at a time, each on a GPU and on half of the cores of one host",
+    "One prefill of exp2 and one of exp3 of Molmo-7B-D, loop (64 ms) hold the capture of a CUDA graph, which today's "
+    "warm-up makes before",
+)
+FEW = 4  # numbers of a claim that its cell shows
 PLANNED = {
     "Molmo-7B-D": "molmo-7b-d",
     "MolmoE-1B": "molmoe-1b",
@@ -35,6 +43,8 @@ def headline_table(runs: list[StudyRun]) -> str:
     rows = []
     for run in runs:
         found, tokens = ev.headline(run), ev.photos(run)
+        if not any(found.values()):
+            continue
         count = f"{int(tokens['num_vision_tokens'].median())}" if len(tokens) else "?"
         cells = [interval(found[name]) if found[name] else "not measured" for name in ev.PARTS]
         rows.append([run.label, count, *cells, ev.bounds(run)])
@@ -104,6 +114,8 @@ def claims(runs: list[StudyRun]) -> str:
             claim = own.get(text)
             numbers = claim["numbers"].items() if claim else ()
             said = "".join(f"<br>{name}: {interval(value)}" for name, value in numbers)
+            if len(numbers) > FEW:
+                said = "<br>see what dropping vision tokens wins"
             cells.append(f"**{claim['verdict']}**{said}" if claim else "not measured")
         rows.append([run.label, *cells])
     return table(["model, engine", *texts], rows)
@@ -201,38 +213,44 @@ def _engines(run: StudyRun, runs: list[StudyRun]) -> str | None:
         for name in ("T_LLM_prefill", "T_first_token", "per_token")
         if before[name] and after[name]
     ]
-    return f"from eager, {'; '.join(said)}"
+    return f"from eager, {'; '.join(said)}" if said else None
 
 
 def reductions(runs: list[StudyRun]) -> str:
-    """What dropping vision tokens claims and wins."""
-    parts = []
+    """What dropping vision tokens claims and wins, the engines of a model side by side."""
+    models: dict[str, list[StudyRun]] = {}
     for run in runs:
-        if "exp6" not in run.results:
-            continue
-        rows = [
-            [
-                entry["method"],
-                f"{entry['keep']:g}",
-                interval(entry["tokens"]),
-                number(entry["claimed"]["speed_up"]) + "×",
-                f"{interval(entry['measured']['T_first_token']['speed_up'])}×",
-                f"{interval(entry['measured']['T_total']['speed_up'])}×",
-                entry["measured"]["T_total"]["verdict"],
-            ]
-            for entry in run.results["exp6"]["results"]
+        if "exp6" in run.results:
+            models.setdefault(run.model["name"], []).append(run)
+    parts = []
+    for same in models.values():
+        found = [
+            {(entry["method"], entry["keep"]): entry for entry in run.results["exp6"]["results"]}
+            for run in same
         ]
-        head = [
-            "method",
-            "keep",
-            "tokens",
-            "claimed (FastV's formula)",
-            "first token",
-            "total",
-            "verdict",
-        ]
-        parts.append(f"**{run.label}:** {run.results['exp6']['finding']}.\n\n{table(head, rows)}")
+        rows = []
+        for method, keep in max(found, key=len):
+            entries = [own.get((method, keep)) for own in found]
+            first = next(entry for entry in entries if entry)
+            claimed = number(first["claimed"]["speed_up"])
+            tokens = number(first["tokens"]["value"])
+            cells = [cell for entry in entries for cell in _speed_ups(entry)]
+            rows.append([method, f"{keep:g}", tokens, f"{claimed}×", *cells])
+        head = ["method", "keep", "tokens", "claimed (FastV's formula)"]
+        for run in same:
+            head += [f"{run.model['engine']}: first token", f"{run.model['engine']}: total"]
+        said = [f"* **{run.label}:** {run.results['exp6']['finding']}." for run in same]
+        quiet = same[-1]
+        figure = f"![{quiet.label}](study/{quiet.name}/exp6/{FIGURES['exp6'][0]})"
+        parts += ["\n".join(said), figure, table(head, rows)]
     return "\n\n".join(parts)
+
+
+def _speed_ups(entry: dict[str, Any] | None) -> list[str]:
+    if entry is None:
+        return ["not run by this engine"] * 2
+    first, total = (entry["measured"][name] for name in ("T_first_token", "T_total"))
+    return [f"{interval(one['speed_up'])}× {one['verdict']}" for one in (first, total)]
 
 
 def bound_table(runs: list[StudyRun]) -> str:
@@ -260,7 +278,12 @@ def bound_table(runs: list[StudyRun]) -> str:
         "bound by",
         "roofline says",
     ]
-    return table(head, rows) if rows else ""
+    figures = [
+        f"![{run.label}](study/{run.name}/explain/{FIGURES['explain'][0]})"
+        for run in runs
+        if "explain" in run.results
+    ]
+    return "\n\n".join([table(head, rows), *figures]) if rows else ""
 
 
 def calibrations(runs: list[StudyRun]) -> str:
@@ -334,10 +357,10 @@ def limits(runs: list[StudyRun]) -> list[str]:
             absent.append(f"{title} was not measured")
         elif all(run.model["engine"] == "eager" for run in own):
             absent.append(f"{title} was measured eager only")
-    for name in (*EXPERIMENTS, "explain", "calibration"):
-        without = [run.label for run in first if name not in run.results]
-        if without:
-            absent.append(f"{name} was not run on {'; '.join(without)}")
+    for run in first:
+        lacking = [n for n in (*EXPERIMENTS, "explain", "calibration") if n not in run.results]
+        if lacking:
+            absent.append(f"{', '.join(lacking)} {_were(lacking)} not run on {run.label}")
     tests: dict[str, Callable[[StudyRun], bool]] = {
         "the same command was not run twice": lambda run: run.again,
         "protocol=seed was not run": lambda run: run.seed,
@@ -346,6 +369,12 @@ def limits(runs: list[StudyRun]) -> list[str]:
     cards = {run.environment["hardware"].get("gpu") for run in runs}
     if len(cards) == 1:
         absent.append(f"one kind of device was measured, {cards.pop()}")
+    absent += [
+        f"{', '.join(names)} of {run.label} {_were(names)} measured beside {host}, its other results beside {hosts[0]}"
+        for run in first
+        for hosts in [list(run.hosts)]
+        for host, names in list(run.hosts.items())[1:]
+    ]
     hosts = {run.environment["hardware"].get("physical_cores") for run in first}
     if len(hosts) > 1:
         told = _listed(
@@ -356,6 +385,10 @@ def limits(runs: list[StudyRun]) -> list[str]:
             "preprocessing and whatever launches bound are not comparable between them"
         )
     return absent
+
+
+def _were(names: list[str]) -> str:
+    return "were" if len(names) > 1 else "was"
 
 
 def filled(text: str, block: str) -> str:
@@ -394,14 +427,14 @@ def study_page(runs: list[StudyRun], base: Path) -> str:
         "The seed's method beside this one": seeds(runs),
         "The same command twice": repeated(runs),
         "How far the instrument can be trusted": calibrations(first),
-        "Limits": "\n".join(f"* {text}." for text in limits(runs)),
+        "Limits": "\n".join(f"* {text}." for text in (*limits(runs), *REMARKS)),
         "The commands": f"```bash\n{commands}\n```\n\n`kedro run --pipeline compare --params "
         f"compare.baseline=docs/study/{first[0].name},compare.candidate=results/mine` compares a machine with this one.",
     }
     text = (
         "# Where does the time of a vision-language model's request go, and do FLOPs predict it?\n\n"
-        "Written by `python docs/study` from [what was measured](study/README.md). `tests/test_study.py` writes it again and\n"
-        "computes the headline numbers by other code; verdicts and fits are those of the published results.\n"
+        "Written by `python docs/study` from [what was measured](study/README.md). `tests/test_study.py` writes it again,\n"
+        "reports exp1 to exp5 anew from the single runs, and computes the headline numbers and the speed-ups by other code.\n"
         "`[a, b]` is a 95 % interval, `?` an end that so few runs do not bound.\n"
     )
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
@@ -424,11 +457,11 @@ def data_card(runs: list[StudyRun]) -> str:
 
 * `runs.parquet`: {rows:,} single runs that ended well, and those that failed, of {len(runs)} folders; `study_run` names
   the folder, `experiment` the experiment, the others are [the record's columns](../columns.md). Nothing was edited or rounded.
-* `<run>/<experiment>/*.json`: statistics with their intervals, claims with their rules, options and conditions. Left
-  out were absolute paths, the host's process, bands of figures, generated texts, and of the entries of exp1 and exp2
+* `<run>/<experiment>/*.json`: statistics with their intervals, claims with their rules, options and conditions;
+  exp1 to exp5 are reported from `runs.parquet`. Left out were absolute paths, the host's process, bands of figures, generated texts, and of the entries of exp1 and exp2
   all but their times: they are means of the runs in the table.
-* `gather.py`, `evidence.py`, `page.py`: `python docs/study RUNS_FOLDER` publishes the folders below `RUNS_FOLDER` (each an
-  `output_dir`) in place of these; `python docs/study` writes the texts again. `kedro run --pipeline compare` and
+* `gather.py`, `again.py`, `evidence.py`, `page.py`: `python docs/study RUNS_FOLDER` publishes the folders below `RUNS_FOLDER` (each an
+  `output_dir`) beside these, or in place of those of the same name; `python docs/study` writes the texts again. `kedro run --pipeline compare` and
   `vlm_latency.results.read_run` read `docs/study/<run>` as they read an `output_dir`.
 
 Not for: quality of answers (random weights write nonsense), tails of real traffic (requests are synthetic and run alone).
