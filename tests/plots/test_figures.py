@@ -25,7 +25,7 @@ from vlm_latency.plots import (
 from vlm_latency.plots.notation import interval
 from vlm_latency.plots.style import COLOURS, FigureContext, Style
 from vlm_latency.records import COMPONENTS
-from vlm_latency.statistics import TableComparison
+from vlm_latency.statistics import TableComparison, floor_and_line
 
 
 def words(figure):
@@ -520,6 +520,22 @@ class TestSeveralResults:
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
         assert texts[0] == f"eager (n = 75): {interval(fit.slope, '', 1000)} µs per token"
         assert texts[1] == "compiled (n = 75)"
+
+    def test_a_floor_is_drawn_as_one(self, made, context):
+        records = made.exp3().records
+        tokens = records["num_vision_tokens"].astype(float)
+        free = tokens.median()
+        noise = 1 + 0.01 * np.random.default_rng(0).normal(size=len(tokens))
+        records["T_total"] = (100 + 0.1 * np.maximum(0, tokens - free)) * noise
+        fit = floor_and_line(tokens, records["T_total"], records["request_id"])
+        figure = vision_sweep.overlaid({"eager": (records, fit)}, "T_total", context, Style())
+        axes = panel(figure, "Total against")
+        (line,) = [line for line in axes.lines if len(line.get_xdata()) == 200]
+        below = line.get_ydata()[line.get_xdata() < fit.free.low]
+        assert np.ptp(below) == 0 and below[0] == pytest.approx(100, rel=0.02)
+        assert line.get_ydata()[-1] > 1.1 * below[0]
+        (text,) = axes.get_legend().get_texts()
+        assert f"beyond {interval(fit.free)}, none before" in text.get_text()
 
     def test_the_first_token_and_the_next_stand_side_by_side(self, context):
         told = {"value": 12.0, "low": 11.0, "high": 13.5}

@@ -28,7 +28,7 @@ from vlm_latency.plots.style import (
 from vlm_latency.records import UNTIL_FIRST_TOKEN, ok_rows
 
 if TYPE_CHECKING:
-    from vlm_latency.statistics import BandedFit
+    from vlm_latency.statistics import BandedFit, FloorAndLine
 
 PANELS = {
     "total": ("Whole request", ("T_total",)),
@@ -81,7 +81,7 @@ def vision_tokens_vs_latency(
 
 
 def overlaid(
-    results: Mapping[str, tuple[pd.DataFrame, BandedFit | None]],
+    results: Mapping[str, tuple[pd.DataFrame, BandedFit | FloorAndLine | None]],
     name: str,
     context: FigureContext,
     style: Style,
@@ -90,7 +90,7 @@ def overlaid(
 
     Parameters
     ----------
-    results : mapping of name to (records, line)
+    results : mapping of name to (records, line, or floor and line)
         Models, devices or engines.
     name : str
         The column: `T_total`, `T_LLM_prefill`, …
@@ -108,15 +108,30 @@ def overlaid(
                 known = np.isfinite(x) & np.isfinite(y)
                 colour, marker = SERIES[i % len(SERIES)], "os^Dv<>P"[i % 8]
                 dots = point_style(int(known.sum()))
-                panel.scatter(x[known], y[known], color=colour, marker=marker, **dots)
-                cost = f": {interval(fit.slope, '', 1000)} µs per token" if fit else ""
-                text = f"{label} (n = {known.sum()}){cost}"
-                panel.plot([], [], color=colour, marker=marker, label=text)
-                draw_fit(panel, fit, colour, "_fit")
+                # What has no line is drawn over what has one: else it might not be seen at all.
+                over, line = (4, "none") if fit is None else (1, "-")
+                panel.scatter(x[known], y[known], color=colour, marker=marker, zorder=over, **dots)
+                text = f"{label} (n = {known.sum()}){_cost(fit, style.vision_axis)}"
+                panel.plot([], [], color=colour, marker=marker, ls=line, label=text)
+                if fit is not None and hasattr(fit, "predict"):
+                    at = np.linspace(x[known].min(), x[known].max(), 200)
+                    panel.plot(at, fit.predict(at), color=colour, zorder=3)
+                else:
+                    draw_fit(panel, fit, colour, "_fit")
             panel.set(xlabel=f"vision {style.vision_axis}", ylabel="latency (ms)")
             panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
             legend(panel)
     return figure
+
+
+def _cost(fit: BandedFit | FloorAndLine | None, axis: str) -> str:
+    """Say what one more costs; beyond the floor, where there is one."""
+    if fit is None:
+        return ""
+    unit = "patch" if axis == "patches" else "token"
+    cost = f": {interval(fit.slope, '', 1000)} µs per {unit}"
+    free = getattr(fit, "free", None)
+    return cost + (f"\nbeyond {interval(free)}, none before" if free else "")
 
 
 def _panel(

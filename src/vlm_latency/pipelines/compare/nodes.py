@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm_latency.datasets.variants import Variants
     from vlm_latency.pipelines.compare.variants import Compared
     from vlm_latency.plots.style import FigureContext, Style
-    from vlm_latency.statistics import BandedFit, TableComparison
+    from vlm_latency.statistics import BandedFit, FloorAndLine, TableComparison
 
 COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
@@ -204,7 +204,16 @@ def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[
     return drawn
 
 
-def _line(rows: pd.DataFrame, axis: str) -> BandedFit | None:
+def _line(rows: pd.DataFrame, axis: str) -> BandedFit | FloorAndLine | None:
+    """Fit what exp3's own figure shows: a floor and a line where they hold, or else a line."""
+    from vlm_latency.statistics import FloorAndLine, floor_and_line
+
+    known = rows[rows["T_total"].notna()]
+    floor = results.unless_impossible(
+        [], "floor", floor_and_line, known[axis], known["T_total"], known["request_id"]
+    )
+    if isinstance(floor, FloorAndLine) and floor.holds == "floor and line":
+        return floor
     lines = results.fits(rows, axis, ["T_total"], rows["request_id"], [])
     return results.banded(lines, rows[axis]).get("T_total")
 
