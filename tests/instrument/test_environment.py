@@ -9,7 +9,7 @@ import pytest
 from vlm_latency.instrument import environment as module
 from vlm_latency.instrument.environment import code_hash, environment, fingerprint
 from vlm_latency.models import describe
-from vlm_latency.options import MeasurementOptions, ModelOptions
+from vlm_latency.options import MeasurementOptions, ModelOptions, Options
 
 DATASET = {"name": "coco", "source": "synthetic", "split": "validation", "questions": 7, "seed": 3}
 
@@ -52,39 +52,89 @@ def mark(**changes: Any) -> str:
     return fingerprint(record(**changes)["conditions"])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": {"dtype": "bfloat16"}},
-        {"model": {"engine": "static"}},
-        {"model": {"attn_implementation": "eager"}},
-        {"model": {"num_threads": 2}},
-        {"model": {"seed": 1}},
-        {"model": {"max_crops": 4}},
-        {"measurement": {"method": "hook"}},
-        {"measurement": {"max_new_tokens": 5}},
-        {"template": "vqa2: {question}"},
-        {"dataset": {**DATASET, "source": "official"}},
-    ],
-)
-def test_what_could_change_a_number_changes_the_fingerprint(changes: dict[str, Any]) -> None:
-    assert mark(**changes) != mark()
+# Every option of model.* and measurement.*: what changes a number (value: another one), or why not.
+CONDITIONS: dict[str, Any] = {
+    "model.name": "tiny-llava",
+    "model.dtype": "bfloat16",
+    "model.attn_implementation": "eager",
+    "model.sdpa_backend": "math",
+    "model.float32_attention": False,
+    "model.engine": "static",
+    "model.max_crops": 4,
+    "model.seed": 1,
+    "model.trust_remote_code": True,
+    "model.num_threads": 2,
+    "measurement.method": "hook",
+    "measurement.max_new_tokens": 5,
+    "measurement.order": "ascending",
+    "measurement.warmup": "fixed",
+    "measurement.warmup_runs": 2,
+    "measurement.warmup_max_runs": 9,
+    "measurement.lengths": "cold",
+    "measurement.quiet_seconds": 0.5,
+    "measurement.nvtx": True,
+}
+NO_CONDITION: dict[str, tuple[Any, str]] = {
+    "measurement.num_runs": (9, "more of the same"),
+    "measurement.noise_repeats": (9, "more of the same"),
+    "measurement.seed": (5, "the order of the runs, which every row tells"),
+    "measurement.output_length": ("7", "in every request, and in its hash"),
+    "measurement.resume": (False, "what is done with earlier runs"),
+    "measurement.allow_partial": (True, "what is reported"),
+    "measurement.max_failures": (0.5, "when a command gives up"),
+    "measurement.chunk_size": (1, "how often runs are written, between them"),
+    "measurement.shard": ("1/2", "which runs are made here"),
+}
+ELSEWHERE = {  # settled into others, or tested below
+    "model.revision": "of a hub id alone, by the commit that it stands for",
+    "model.weights": "pretrained needs a checkpoint: by its contents",
+    "model.zoo_file": "by what it says of the model",
+    "model.device": "by the device that it comes to",
+    "model.null_sleep_ms": "of the null model alone",
+    "measurement.use_hook_for_llm_prefill": "settled into the method",
+    "measurement.workers": "described as conditions.workers where there are several",
+}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"measurement": {"num_runs": 9}},
-        {"measurement": {"noise_repeats": 9}},
-        {"measurement": {"chunk_size": 1}},
-        {"measurement": {"resume": False}},
-        {"measurement": {"allow_partial": True}},
-        {"measurement": {"seed": 5}},
-        {"dataset": {**DATASET, "questions": 1000}},
-    ],
-)
-def test_more_of_the_same_has_the_same_fingerprint(changes: dict[str, Any]) -> None:
-    assert mark(**changes) == mark()
+def changed(option: str, value: Any) -> str:
+    group, _, name = option.partition(".")
+    return mark(**{group: {name: value}})
+
+
+@pytest.mark.parametrize("option", CONDITIONS)
+def test_what_could_change_a_number_changes_the_fingerprint(option: str) -> None:
+    assert changed(option, CONDITIONS[option]) != mark()
+
+
+@pytest.mark.parametrize("option", NO_CONDITION)
+def test_more_of_the_same_has_the_same_fingerprint(option: str) -> None:
+    value, _ = NO_CONDITION[option]
+    assert changed(option, value) == mark()
+
+
+def test_every_option_is_a_condition_or_it_is_said_why_not() -> None:
+    fields = {"model": ModelOptions.model_fields, "measurement": MeasurementOptions.model_fields}
+    every = [f"{group}.{name}" for group, names in fields.items() for name in names]
+    assert sorted([*CONDITIONS, *NO_CONDITION, *ELSEWHERE]) == sorted(every)
+
+
+def test_questions_and_prompt_are_conditions_but_not_how_many() -> None:
+    assert mark(template="vqa2: {question}") != mark()
+    assert mark(dataset={**DATASET, "source": "official"}) != mark()
+    assert mark(dataset={**DATASET, "questions": 1000}) == mark()
+
+
+def test_two_sleeps_of_the_null_model_never_share_a_journal() -> None:
+    null = {"name": "null-model"}
+    first = mark(model=null)
+    assert mark(model={**null, "null_sleep_ms": 5}) != first
+    assert mark(model={"null_sleep_ms": 5}) == mark()  # others do not sleep
+
+
+def test_hook_by_its_other_name_is_the_method() -> None:
+    given = {"model": {"name": "null-model"}, "measurement": {"use_hook_for_llm_prefill": True}}
+    settled = Options.from_parameters(given).experiment("exp3", "random").measurement
+    assert settled.method == "hook"
 
 
 def test_the_null_model_needs_no_torch() -> None:

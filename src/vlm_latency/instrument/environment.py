@@ -64,6 +64,7 @@ _RUN_SETTINGS = (
     "warmup_runs",
     "warmup_max_runs",
     "lengths",
+    "quiet_seconds",
     "nvtx",
 )
 
@@ -145,6 +146,7 @@ def code_hash() -> str:
 
 def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, Any]:
     from vlm_latency.models import dtype_name, resolve_device, thread_count, weights_kind
+    from vlm_latency.models.zoo import NULL
 
     kind = weights_kind(options)
     config = json.dumps(architecture.config, sort_keys=True, default=str).encode()
@@ -167,6 +169,8 @@ def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, 
         "cache": "dynamic" if options.engine == "eager" else "static",
         "max_crops": options.max_crops,
         "num_threads": thread_count(options),
+        "trust_remote_code": options.trust_remote_code,  # whose code runs
+        "null_sleep_ms": options.null_sleep_ms if options.name == NULL else None,
     }
 
 
