@@ -130,8 +130,10 @@ def _writable(root: Path) -> None:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
+        file = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "it, or a folder above it, is a file" if file else error.strerror
         raise DataError(
-            f"cannot write into output_dir {root}: {error.strerror}; choose another folder"
+            f"cannot write into output_dir {root}: {why}; choose another folder"
         ) from None
 
 
