@@ -10,6 +10,7 @@ from itertools import count
 import numpy as np
 import pandas as pd
 import scipy
+from defaults import defaults
 from further import further
 from simulated import (
     CROPS,
@@ -42,6 +43,7 @@ def cells() -> Iterator[Cell]:
     yield from _of_shares()
     yield from _of_predictions()
     yield from further()
+    yield from defaults()
 
 
 def _of_means() -> Iterator[Cell]:
@@ -58,7 +60,7 @@ def _of_means() -> Iterator[Cell]:
             "mean, over images", "clustered", f"{images} × 5", math.exp(3 + 0.3**2 / 2),
             lambda rng, images=images: st.mean_estimate(*clustered(rng, images, 5)), 2_000,
         )  # fmt: skip
-    for n in (8, 20, 80):
+    for n in (8, 20, 40, 80):
         yield Cell(
             "ratio of means", "lognormal 0.3", str(n), 0.3 * math.exp(0.02),
             lambda rng, n=n: _ratio(rng, n), 2_000,
@@ -216,7 +218,7 @@ def _two_slopes(rng: Generator) -> st.MultiLinearFit:
 
 def step_growth(rng: Generator, images: int, growth: float) -> Estimate:
     position, ms, image = steps(rng, images, growth)
-    return st.linear_fit(position, ms, image).growth(1, 255)
+    return st.linear_fit(position, ms, image).growth(1, position.max())
 
 
 def _of_orders() -> Iterator[Cell]:
@@ -355,7 +357,7 @@ def _budget(n: int, repeats: int, noise: float, draw: int) -> st.VarianceBudget:
 
 
 def _of_predictions() -> Iterator[Cell]:
-    for shapes in (15, 27, 60):
+    for shapes in (15, 20, 27, 60):
         for of_runs in (True, False):
             what = "one request" if of_runs else "the mean of repeated requests"
             yield Cell(
@@ -363,7 +365,7 @@ def _of_predictions() -> Iterator[Cell]:
                 lambda rng, shapes=shapes, of_runs=of_runs: _predicted(rng, shapes, of_runs),
                 300, exact=False,
             )  # fmt: skip
-    for shapes in (8, 27, 60):
+    for shapes in (8, 20, 27, 60):
         for name in ("flops", "costs"):
             draws = count()
             yield Cell(

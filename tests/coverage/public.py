@@ -94,3 +94,50 @@ COVERED = {
     "variance_budget.shares": "share of variance: noise",
     "variance_budget.tail_content": "share of the tail in the content",
 }
+
+# Headline number of a report (experiment, its fact's path) → the statistic that simulates it; of
+# the data's size in a default run there is a cell.
+HEADLINES = {
+    ("exp1", "T_total", "P50"): "P50, over images",
+    ("exp1", "T_total", "P95"): "P95, over images",
+    ("exp1", "T_total", "P99"): "P99, over images",
+    ("exp1", "T_total", "tail_ratio"): "P99 / P50",
+    ("exp1", "T_total", "mean"): "mean, over images",
+    ("exp1", "T_first_token", "P50"): "P50, over images",
+    ("exp1", "accuracy"): "mean, over images",
+    ("exp2", "means", "T_total"): "mean",
+    ("exp2", "means", "T_preprocess"): "mean",
+    ("exp2", "shares", "T_vision_encoder"): "ratio of means",
+    ("exp2", "shares", "T_projector"): "ratio of means",
+    ("exp2", "shares", "T_LLM_prefill"): "ratio of means",
+    ("exp2", "shares", "T_LLM_decode"): "ratio of means",
+    ("exp2", "llm_share"): "ratio of means",
+    ("exp3", "fits", "T_total", "slope"): "slope, headline of the two",
+    ("exp3", "fits", "T_LLM_prefill", "slope"): "slope, headline of the two",
+    ("exp3", "encoder_per_crop"): "ms per crop beside ms per token",
+    ("exp3", "prefill_per_token"): "ms per crop beside ms per token",
+    ("exp3", "exponent"): "exponent of a power law",
+    ("exp4", "fits", "T_LLM_decode", "slope"): "slope, headline of the two",
+    ("exp4", "prefill"): "mean, over images",
+    ("exp4", "step_growth"): "last decode step / first",
+    ("exp4", "exponent"): "exponent of a power law",
+    ("exp5", "held_out_error", "flops"): "held-out error of flops",
+    ("exp5", "held_out_error", "tokens"): "held-out error of costs",
+    ("exp5", "held_out_error", "roofline_nominal"): "held-out error of costs",
+    ("exp5", "held_out_error", "roofline_calibrated"): "held-out error of costs",
+}
+# Facts that are words, counts or descriptions (R²), without an interval.
+PLAIN = {
+    ("exp1", "variance_budget", "sentence"),
+    ("exp3", "linearity"),
+    ("exp3", "staircase"),
+    ("exp4", "dropped_lengths"),
+    ("exp5", "exp3", "r_squared"),
+    ("exp5", "exp4", "r_squared"),
+    ("exp5", "combined", "r_squared"),
+    ("exp5", "verdict"),
+    ("exp6", "finding"),
+    ("exp6", "identity"),
+    ("exp6", "realised"),
+    ("exp6", "refused"),
+}

@@ -53,7 +53,7 @@ def clustered(
     return np.exp(3 + between + rng.normal(0, math.sqrt(1 - share) * sigma, image.size)), image
 
 
-# exp3's default: 15 requests, 5 runs of each.
+# The defaults: exp3 makes 5 runs of each of 15 requests, exp4 one of each of 5 images and lengths.
 TOKENS = np.array(
     [288, 384, 480, 576, 672, 768, 864, 960, 1056, 1152, 1248, 1344, 704, 1152, 1184.0]
 )
@@ -79,12 +79,27 @@ def sweep(
     return tokens[request], y, request
 
 
+LENGTHS = (8, 16, 32, 64, 128)
+
+
+def decodes(
+    rng: Generator, images: int, *, spikes: float = 0.0
+) -> tuple[Floats, Floats, np.ndarray]:
+    """Runs of a language sweep, 2 ms per token: tokens, decode time, image; and slow runs."""
+    tokens = np.tile(np.array(LENGTHS, float), images)
+    image = np.repeat(np.arange(images), len(LENGTHS))
+    effect = rng.normal(0, 0.01, images)[image]
+    ms = 2 * (tokens - 1) * np.exp(effect + rng.normal(0, 0.02, image.size))
+    slow = np.where(rng.random(ms.size) < spikes, rng.exponential(150, ms.size), 0)
+    return tokens, ms + slow, image
+
+
 def steps(
     rng: Generator,
     images: int,
     growth: float,
     noise: float = 0.03,
-    lengths: tuple[int, ...] = (8, 16, 32, 64, 128, 256),
+    lengths: tuple[int, ...] = LENGTHS,
 ) -> tuple[Floats, Floats, np.ndarray]:
     """Decode steps of every run of a language sweep: position, ms, image."""
     position, ms, image = [], [], []

@@ -123,7 +123,10 @@ def page(
         "Goals: at least 93 % on normal, lognormal (σ ≤ 0.3 from n = 8, ≤ 0.5 from n = 20) and "
         "clustered data, at most 97.5 % for continuous statistics. *shown* are data of which few "
         "values know nothing (heavy tails, rare modes), statistics that may be conservative keep "
-        "only the lower goal. *warned* is the share of intervals whose note says that they may be "
+        "only the lower goal: order statistics and ties; lines with runs far too slow and the error "
+        "of 8 held-out shapes, of which few values know little; and intercepts "
+        "where noise grows with latency (the noise of the sweep's end widens what its start tells; "
+        "with constant noise they hold 96 %). *warned* is the share of intervals whose note says that they may be "
         "too narrow: one value, or image, makes more than half of the variance. *no interval* is "
         "the share of samples that got none, with the reason in the note.",
         "",

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "coverage"))
 from cells import cells
 from processes import Processes, matching
-from public import COVERED, public_intervals
+from public import COVERED, HEADLINES, PLAIN, public_intervals
 from table import Cell, Row, page, simulate
 from verdicts import claims, count_verdicts
 
 from vlm_latency import statistics as st
+from vlm_latency.experiments import EXPERIMENTS
+from vlm_latency.options import Options
 
 
 @pytest.mark.slow
@@ -40,6 +43,31 @@ def test_every_public_interval_has_its_cells_and_every_cell_its_interval() -> No
     doc = (Path(__file__).parents[2] / "docs" / "coverage.md").read_text(encoding="utf-8")
     shown = {line.split(" | ")[0].removeprefix("| ") for line in doc.splitlines() if "|" in line}
     assert {cell.statistic for cell in cells()} <= shown
+
+
+def test_every_headline_of_a_default_run_has_a_cell_of_its_size() -> None:
+    facts = {(name, *fact.path) for name, own in EXPERIMENTS.items() for fact in own.facts}
+    assert facts == HEADLINES.keys() | PLAIN
+    files = (Path(__file__).parents[2] / "conf" / "base").glob("parameters*.yml")
+    read = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+    given = Options.from_parameters({key: value for one in read for key, value in one.items()})
+    exp1, exp2, exp3, exp4 = (given.experiment(f"exp{i}") for i in (1, 2, 3, 4))
+    images, lengths = exp4.sampling.num_samples, len(exp4.sampling.max_new_tokens_list)
+    shapes = exp3.sampling.max_grid_size + 3  # and three grids of as many crops as another
+    sizes = {
+        "exp1": {f"{exp1.sampling.num_samples} + {exp1.measurement.noise_repeats}"},
+        "exp2": {str(exp2.sampling.num_samples)},
+        "exp3": {f"{shapes} × {exp3.measurement.num_runs}"},
+        "exp4": {f"{images} × {lengths}", f"{images} images"},
+        "exp5": {f"{shapes + lengths} shapes"},
+    }
+    simulated = {(cell.statistic, cell.n) for cell in cells()}
+    lacking = [
+        (headline, statistic)
+        for headline, statistic in HEADLINES.items()
+        if not any((statistic, n) in simulated for n in sizes[headline[0]])
+    ]
+    assert not lacking
 
 
 def test_a_summary_has_the_intervals_of_its_parts() -> None:

@@ -240,3 +240,15 @@ def test_a_fixed_cost_lowers_the_exponent() -> None:
     )
     with pytest.raises(UserError, match="at or below zero"):
         power_law_fit([0, 1], [1, 2])
+
+
+def test_a_robust_line_of_few_images_has_no_interval_and_is_no_headline() -> None:
+    x, image = np.tile([8.0, 16, 32, 64, 128], 5), np.repeat(np.arange(5), 5)
+    y = 2 * x + np.random.default_rng(0).normal(0, 0.1, 25)
+    y[4] += 500
+    found = headline_line(x, y, image)
+    assert found.robust.slope.value == pytest.approx(2, abs=0.01)
+    assert found.robust.slope.low is None and "below 8" in found.robust.slope.note
+    assert found.chosen == "least squares" and "no interval" in found.reason
+    eight = robust_line(np.tile(x, 2), np.tile(y, 2), np.repeat(np.arange(10), 5))
+    assert eight.slope.low is not None
