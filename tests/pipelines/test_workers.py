@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,52 @@ def test_two_workers_are_the_table_of_one_device(
     sessions = [line["session"] for line in lines if "session" in line]
     assert sorted(one["worker_index"] for one in sessions if "runs" in one) == [1, 2]
     assert [len(one["workers"]) for one in sessions if "workers" in one] == [2]
+
+
+@pytest.mark.slow
+@needs_ray
+@needs_two
+def test_workers_of_a_cluster_by_address_are_the_table_of_one_device(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    cluster = subprocess.Popen(
+        [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}"]
+        + ["--num-cpus=2", "--include-dashboard=false"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert cluster.stdout is not None
+        said = iter(cluster.stdout.readline, "")
+        assert any("Ray runtime started" in line for line in said)
+        asked = {"one": "", "two": f",measurement.workers=2,ray.address=127.0.0.1:{port}"}
+        tables = {}
+        for name, further in asked.items():
+            given = (
+                f"model.name=null-model,exp1.sampling.num_samples=24,output_dir={tmp_path / name}"
+            )
+            done = subprocess.run(
+                [sys.executable, "-m", "kedro", "run", "--pipeline", "exp1"]
+                + ["--params", given + further],
+                cwd=PROJECT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            table = pd.read_parquet(tmp_path / name / "exp1" / "exp1_records.parquet")
+            tables[name] = table.sort_values(RUN, ignore_index=True)
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        cluster.communicate(timeout=60)
+    pd.testing.assert_frame_equal(tables["one"][SAME], tables["two"][SAME])
+    assert tables["two"]["worker"].nunique() == 2
 
 
 # Measures 400 requests of 5 ms on two workers, through the pipeline's own nodes and dataset.

@@ -26,6 +26,7 @@ from vlm_latency.workers.worker import Work, Worker
 
 log = logging.getLogger("vlm_latency")
 
+AUTH_MODE = "RAY_AUTH_MODE"  # token, or disabled: as the cluster was started
 OBJECT_STORE_BYTES = 80 * 2**20  # rows are small; Ray wants 75 MB at least
 Chunk = tuple[list[Row], dict[str, Any] | None]
 Deal = Callable[[pd.DataFrame, int], Any]
@@ -49,6 +50,9 @@ class Pool:
     def __init__(
         self, model: ModelOptions, count: int | None, uses_gpu: bool, address: str | None
     ) -> None:
+        if address not in (None, "auto") and _has_token():
+            # For a cluster by address Ray must be told, and before it is imported.
+            os.environ.setdefault(AUTH_MODE, "token")
         import ray
 
         self._ray = ray
@@ -298,9 +302,19 @@ def _start(ray: Any, count: int | None, uses_gpu: bool, address: str | None) -> 
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())[:300]
         where = f"to the cluster at ray.address={address}" if address else "on this machine"
+        mode = os.environ.get(AUTH_MODE, "not set")
+        asked = f" ({AUTH_MODE} is {mode}: it must be the cluster's)" if address else ""
         raise MeasurementError(
-            f"Ray did not start {where}: {told}; measurement.workers=1 does without it"
+            f"Ray did not start {where}: {told}{asked}; measurement.workers=1 does without it"
         ) from None
     finally:
         if handler is not None and signal.getsignal(signal.SIGTERM) is not handler:
             signal.signal(signal.SIGTERM, handler)
+
+
+def _has_token() -> bool:
+    """Whether a token for clusters that ask for one is where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return Path(path).is_file()
