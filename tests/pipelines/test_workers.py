@@ -76,8 +76,15 @@ def test_workers_of_a_cluster_by_address_are_the_table_of_one_device(tmp_path: P
         port = free.getsockname()[1]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     cluster = subprocess.Popen(
-        [Path(sys.executable).parent / "ray", "start", "--head", "--block", f"--port={port}"]
-        + ["--num-cpus=2", "--include-dashboard=false"],
+        [
+            Path(sys.executable).parent / "ray",
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            "--num-cpus=2",
+            "--include-dashboard=false",
+        ],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -95,8 +102,16 @@ def test_workers_of_a_cluster_by_address_are_the_table_of_one_device(tmp_path: P
                 f"model.name=null-model,exp1.sampling.num_samples=24,output_dir={tmp_path / name}"
             )
             done = subprocess.run(
-                [sys.executable, "-m", "kedro", "run", "--pipeline", "exp1"]
-                + ["--params", given + further],
+                [
+                    sys.executable,
+                    "-m",
+                    "kedro",
+                    "run",
+                    "--pipeline",
+                    "exp1",
+                    "--params",
+                    given + further,
+                ],
                 cwd=PROJECT,
                 env=environment,
                 capture_output=True,
