@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.journal import Journal
+from vlm_latency.journal import Journal, _fits
 from vlm_latency.records import MEASURED_COLUMNS
 
 CONDITIONS = {"model": "null"}
@@ -203,3 +203,40 @@ def test_not_a_number_never_reaches_the_file(tmp_path: Path) -> None:
     write(tmp_path, row(1, T_projector=float("nan")))
     for line in (tmp_path / "aa.jsonl").read_text().splitlines():
         assert "T_projector" not in json.loads(line)
+
+
+def test_a_second_reading_sees_what_was_written_since_and_no_change_of_the_first(
+    tmp_path: Path,
+) -> None:
+    log = Journal(tmp_path)
+    row = {"request_id": "a", "request_sha256": "f", "status": "ok", "T_total": 1.5}
+    log.append("aa", {}, [{**row, "run_index": 0}])
+    first = log.read("aa")
+    first["T_total"] = 7.0
+    assert log.read("aa")["T_total"].tolist() == [1.5]
+    log.read("aa")
+    log.append("aa", {}, [{**row, "run_index": 1}])
+    assert len(log.read("aa")) == 2
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "fits"),
+    [
+        ("T_total", 3, True),
+        ("T_total", True, False),
+        ("T_total", "3", False),
+        ("num_crops", 2.0, True),
+        ("num_crops", 2.5, False),
+        ("num_crops", 2**63, False),
+        ("num_crops", True, False),
+        ("first_of_shape", True, True),
+        ("first_of_shape", 1, False),
+        ("generated_text", 5, False),
+        ("request_sha256", "f", True),
+        ("anything else", [1], True),
+        ("num_crops", None, True),
+    ],
+)
+def test_values_of_a_line_are_of_their_columns_types(column: str, value: Any, fits: bool) -> None:
+    assert _fits({column: value}) is fits
