@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from kedro.io import DatasetError
 from PIL import Image
 from safetensors.torch import save_file
 
+from vlm_latency import load_model, measure
 from vlm_latency.datasets import GivenRequests
 from vlm_latency.errors import UserError
 from vlm_latency.journal import Journal
@@ -25,6 +31,7 @@ from vlm_latency.models.zoo import load_zoo
 from vlm_latency.page import build_page, collect_results
 from vlm_latency.records import REQUEST_COLUMNS, SCHEMA_VERSION, typed
 from vlm_latency.results import entry_table, read_earlier, read_run, result_path
+from vlm_latency.vqa import open_source
 from vlm_latency.vqa.folder import open_folder
 from vlm_latency.vqa.official import open_official
 
@@ -199,7 +206,71 @@ def own_model(folder: Path) -> tuple[list[str], Callable[[], Any]]:
     return ["mine.py"], lambda: _call(folder / "mine.py", "make")
 
 
+def hub(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    rows = {
+        "question": ["What?", "Who?"],
+        "question_id": [1, 2],
+        "image_id": [1, 1],
+        "answers": [[{"answer": "a", "answer_id": 1}]] * 2,
+        "image": [{"bytes": picture.getvalue(), "path": "1.png"}] * 2,
+    }
+    (folder / "data").mkdir()
+    name = "data/validation-00000-of-00001.parquet"
+    pq.write_table(pa.table(rows), folder / name, compression="none")
+
+    def read() -> None:
+        cache = folder / "cache"
+        source = open_source(source="hub", hub_id=str(folder / "data"), image_cache=cache)
+        source.describe(), source.with_images(source.table)
+
+    return [name], read
+
+
+QUICK: dict[str, Any] = {
+    "num_runs": 1,
+    "output_length": 2,
+    "warmup": "fixed",
+    "warmup_runs": 0,
+    "lengths": "cold",
+}
+TEMPLATE = """{% for message in messages %}USER: {% for part in message['content'] %}
+{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}
+{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+@cache
+def tiny_llava() -> Any:
+    return load_model("tiny-llava", device="cpu")
+
+
+def checkpoint(*names: str) -> Callable[[Path], tuple[list[str], Callable[[], Any]]]:
+    def make(folder: Path) -> tuple[list[str], Callable[[], Any]]:
+        vlm = tiny_llava()
+        vlm.model.save_pretrained(folder)
+        vlm.preparer.processor.save_pretrained(folder)
+
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+        def read() -> None:
+            with warnings.catch_warnings():  # advice of transformers on what it reads
+                warnings.simplefilter("ignore")
+                found = load_model(str(folder), device="cpu")
+                measure(found, [(Image.new("RGB", (60, 40)), "What is it?")], **QUICK)
+
+        return list(names), read
+
+    return make
+
+
+# Loading takes a second: these are tried less often, and with --slow only.
+CHECKPOINTS = {
+    "generation": checkpoint("generation_config.json"),
+    "template": checkpoint("chat_template.jinja"),
+}
 READERS = {
+    "hub": hub,
     "official": official,
     "csv": own_questions("csv"),
     "jsonl": own_questions("jsonl"),
@@ -243,6 +314,12 @@ def attack(folder: Path, make: Callable[[Path], Any], times: int, seed: int) -> 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_changed_file_is_read_right_or_refused(reader: str, tmp_path: Path) -> None:
     assert attack(tmp_path, READERS[reader], times=60, seed=0) == {"right", "refused"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", CHECKPOINTS)
+def test_a_changed_checkpoint_is_loaded_right_or_refused(reader: str, tmp_path: Path) -> None:
+    assert attack(tmp_path, CHECKPOINTS[reader], times=60, seed=0) == {"right", "refused"}
 
 
 @pytest.mark.slow
