@@ -155,3 +155,8 @@ def test_every_parameter_says_what_it_is() -> None:
     assert len(listed) > 100
     assert [name for name, _, _, meaning in listed if not meaning.strip()] == []
     assert [name for name, _, _, meaning in listed if "\n" in meaning or len(meaning) > 160] == []
+
+
+def test_a_size_of_one_number_is_told_how_sizes_are_written() -> None:
+    with pytest.raises(UserError, match="found 336: expected width x height, such as 640x480"):
+        Options.from_parameters({"exp3": {"sampling": {"sizes": 336}}})

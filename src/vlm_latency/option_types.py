@@ -67,9 +67,9 @@ def output_length(value: Any) -> str:
 
 def _product(value: Any, expected: str) -> Any:
     """Read "2x3" once, as two numbers."""
-    if not isinstance(value, str):
+    if value is None or isinstance(value, list | tuple):
         return value
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", value)
+    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", str(value))
     if not match:
         raise ValueError(f"expected {expected}")
     return int(match[1]), int(match[2])
