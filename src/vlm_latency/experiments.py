@@ -266,7 +266,7 @@ _ROWS = (
         facts=(
             Fact("decode per output token", ("fits", "T_LLM_decode", "slope"), "ms"),
             Fact("time to first token", ("prefill",), "ms"),
-            Fact("last decode step / first", ("step_growth",)),
+            Fact("last decode step / second", ("step_growth",)),
             Fact("exponent of T_LLM_decode (1 is linear)", ("exponent",)),
             Fact("lengths that do not fit the model", ("dropped_lengths",)),
         ),
