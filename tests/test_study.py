@@ -45,7 +45,7 @@ def test_every_text_is_what_its_data_give(tool: Any) -> None:
 
 
 EXPERIMENTS = [
-    pytest.param(folder, name, marks=pytest.mark.slow if name in ("exp1", "exp2") else ())
+    pytest.param(folder, name, marks=() if name == "exp3" else pytest.mark.slow)
     for folder in FOLDERS
     for name in ("exp1", "exp2", "exp3", "exp4", "exp5")
     if (STUDY / folder / name).is_dir()

@@ -44,13 +44,14 @@ def longer(prepared: Any) -> Any:
     return type(prepared)(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["static", "loop"])
 def test_tokens_are_those_of_eager_generate(family: Any, engine: str, traced: None) -> None:
     """Also for M-RoPE (Qwen2.5-VL), on a longer prompt after a shorter one, and again."""
     same_tokens(*family, engine)
 
 
-@pytest.mark.parametrize("engine", ["compiled", "compiled-all"])
+@pytest.mark.parametrize("engine", ["compiled", "compiled-all", "loop"])
 def test_tokens_of_compiled_generate(llava: Any, engine: str, traced: None) -> None:
     same_tokens(*llava, engine)
 

@@ -15,6 +15,8 @@ from vlm_latency.results import FILES
 MEASURED = ("exp1", "exp2", "exp3", "exp4")
 CLAMPED = ("T_projector", "T_LLM_prefill", "T_LLM_decode")
 
+pytestmark = pytest.mark.slow  # two whole runs
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, kedro_run: Callable[..., Any]) -> Path:

@@ -578,6 +578,7 @@ def test_long_titles_wrap_between_words_and_not_before_units(made):
 NASTY = r"a $b$ {c} ${d} \textbf{x} **m** <i>&amp; %_#~^\ $\frac{"
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_figure(made, style):
     context = FigureContext(NASTY, (NASTY,), NASTY, NASTY)
     for figure in every_figure(made, context, style):

@@ -106,6 +106,7 @@ def test_every_cell_has_its_own_name_and_the_page_its_rows() -> None:
     assert "| mean | normal | 8 | 50.0 |" in text and "**outside**" in text
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_number() -> None:
     # one process would share the draws of both held-out errors
     asked = [*matching("held-out error of")[0][:2], *matching("P99 / P50")[0][:1]]
