@@ -81,6 +81,14 @@ def same(one: Any, other: Any, where: str) -> None:
         assert one == other, where
 
 
+def test_the_remark_on_captures_holds() -> None:
+    """One prefill of exp2 and one of exp3 stand out, as the page's limits say."""
+    rows = OK[OK["study_run"] == "molmo-7b-d-loop"]
+    for name in ("exp2", "exp3"):
+        slow = rows[(rows["experiment"] == name) & (rows["T_LLM_prefill"] > 40)]
+        assert slow["T_LLM_prefill"].round().tolist() == [64]
+
+
 REDUCED = [folder for folder in FOLDERS if (STUDY / folder / "exp6").is_dir()]
 
 

@@ -39,6 +39,7 @@ def gather(folder: Path, study: Path) -> None:
     runs = published(folder)
     if not runs:
         raise SystemExit(f"no folder below {folder} holds a result of {', '.join(measured())}")
+    _complete(runs)
     tables, new = [], set()
     for run in runs:
         for name in studies():
@@ -75,6 +76,18 @@ def gather(folder: Path, study: Path) -> None:
     size = sum(path.stat().st_size for path in study.rglob("*") if path.is_file())
     if size > LIMIT:
         raise SystemExit(f"{study} holds {size:,} bytes; expected at most {LIMIT:,}")
+
+
+def _complete(runs: list[Path]) -> None:
+    """Refuse folders that lack what would be published of them, before anything is written."""
+    for run in runs:
+        there = [name for name in studies() if result_path(run, name).is_file()]
+        needed = [run / name / f"{name}_records.parquet" for name in there if name in measured()]
+        needed += [
+            run / name / "figures" / file for name in there for file in FIGURES.get(name, ())
+        ]
+        if missing := [str(path) for path in needed if not path.is_file()]:
+            raise SystemExit(f"{run} lacks {', '.join(missing)}; nothing was published")
 
 
 def slim(result: dict[str, Any], name: str) -> Any:
