@@ -3,6 +3,7 @@
 # TORCH_INDEX=…  where torch comes from, e.g. https://download.pytorch.org/whl/cpu for a machine without a GPU
 PYTHON ?= python3
 TORCH_INDEX ?=
+# --no-compile: Python compiles what is imported; pip would compile all of torch, for minutes
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -25,8 +26,8 @@ viz: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:
