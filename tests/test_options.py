@@ -160,3 +160,16 @@ def test_every_parameter_says_what_it_is() -> None:
 def test_a_size_of_one_number_is_told_how_sizes_are_written() -> None:
     with pytest.raises(UserError, match="found 336: expected width x height, such as 640x480"):
         Options.from_parameters({"exp3": {"sampling": {"sizes": 336}}})
+
+
+@pytest.mark.parametrize("engine", ["compiled-all", "loop"])
+@pytest.mark.parametrize(
+    "given",
+    [{"protocol": "seed"}, {"measurement": {"method": "hook"}}],
+    ids=["protocol", "method"],
+)
+def test_methods_that_part_the_model_are_refused_where_it_is_captured_whole(
+    given: dict[str, Any], engine: str
+) -> None:
+    with pytest.raises(UserError, match=rf"measurement.method=.* model.engine={engine} has"):
+        Options.from_parameters({**given, "model": {"engine": engine}})

@@ -339,6 +339,8 @@ class Options(_Tree):
                     f"method=hook, but method={given['method']} was given too; give one of them"
                 )
             measurement["method"] = "hook"
+        if why := unable_to_part(measurement["method"], self.model.engine):
+            raise UserError(f"{name}: {why}; use measurement.method=timeline, or another engine")
         by_protocol = {**preset["sampling"], "one_question_per_image": apart}
         known = {key: by_protocol[key] for key in by_protocol if key in kind.model_fields}
         flops = self.flops.model_dump() | _given(own, "flops")
@@ -358,6 +360,16 @@ class Options(_Tree):
             flops=FlopsOptions(**(preset["flops"] | _said(flops))),
             figures=FigureOptions(**(preset["figures"] | _said(self.figures.model_dump()))),
         )
+
+
+def unable_to_part(method: str, engine: str) -> str | None:
+    """Say why the seed's methods cannot take an engine's parts one by one; None where they can."""
+    if method == "timeline" or engine not in CAPTURED:
+        return None
+    return (
+        f"measurement.method={method} runs parts of the model by themselves, and model.engine="
+        f"{engine} has encoder, projector and prefill captured as they follow one another"
+    )
 
 
 def _given(own: Group | None, group: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from vlm_latency.instrument.injection import (
     regime,
     replayed_encoder,
 )
-from vlm_latency.instrument.methods import METERS, make_meter
+from vlm_latency.instrument.methods import METERS, make_meter, unable
 from vlm_latency.instrument.timeline import Mark
 from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.options import ModelOptions
@@ -291,7 +291,11 @@ def results(**changes: Any) -> dict[str, Any]:
         },
     }
     cases = [case("T_projector", 2.0, "recovered", clean=True)]
-    found = {"known_truth": {"cases": cases}, "warmup": {"plateau": True, "runs": 3}}
+    found = {
+        "known_truth": {"cases": cases},
+        "warmup": {"plateau": True, "runs": 3},
+        "methods": {"left_out": {}},
+    }
     return {**found, "statistics": {**statistics, **changes.pop("statistics", {})}, **changes}
 
 
@@ -401,6 +405,24 @@ def test_a_calibration_proves_everything(loaded: Any) -> None:
     assert statistics["overhead"]["n_pairs"] == statistics["null"]["n_pairs"] == 3
     assert 0 < statistics["remainder"]["value"] < 1
     assert len(found["verdict"]) == 9
+
+
+def test_methods_that_cannot_run_here_are_left_out_by_name(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a captured engine, where no hook fires in a replayed graph."""
+    vlm, _ = loaded
+    monkeypatch.setattr(
+        "vlm_latency.instrument.calibration.proofs.unable",
+        lambda vlm, method, engine: unable(vlm, method, "loop"),
+    )
+    about = {"question": "q", "output_length": "3", "image_width": 336, "image_height": 336}
+    requests = pd.DataFrame({"request_id": ["a"], **about})
+    found = calibrate(vlm, QUICK, requests, image, known_ceilings={"a": 1})
+    assert set(found["methods"]["methods"]) == {"timeline"}
+    assert set(found["methods"]["left_out"]) == {"subtraction", "hook"}
+    assert found["runs"]["methods"] == 2
+    assert [said for said in found["verdict"] if "not compared" in said and "loop" in said]
 
 
 def test_the_figure_draws_what_a_calibration_finds(loaded: Any) -> None:

@@ -21,6 +21,7 @@ from vlm_latency.instrument.intervals import DECODE, OTHER, TIMES, intervals
 from vlm_latency.instrument.meter import Meter, Reading
 from vlm_latency.instrument.timeline import partition
 from vlm_latency.models.boundaries import ENCODER, PREFILL, PROJECTOR, blocks_of, boundaries
+from vlm_latency.options import unable_to_part
 from vlm_latency.records import Row
 
 if TYPE_CHECKING:
@@ -187,11 +188,20 @@ def make_meter(
     Raises
     ------
     MeasurementError
-        For a method that runs the encoder by itself, on a model that has several.
+        For a method that cannot run with this model or engine.
     """
-    if method != "timeline" and vlm.components.more_encoders:
-        raise MeasurementError(
-            f"{vlm.options.name} has {len(vlm.components.encoders)} vision encoders, and "
-            f"measurement.method={method} runs one by itself; use timeline"
-        )
+    if why := unable(vlm, method, engine):
+        raise MeasurementError(f"{why}; use timeline")
     return METERS[method](vlm, engine, max_cache_len, nvtx)
+
+
+def unable(vlm: VLM, method: str, engine: str) -> str | None:
+    """Say why a method cannot run with this model and engine; None where it can."""
+    if method == "timeline":
+        return None
+    if vlm.components.more_encoders:
+        return (
+            f"{vlm.options.name} has {len(vlm.components.encoders)} vision encoders, and "
+            f"measurement.method={method} runs one by itself"
+        )
+    return unable_to_part(method, engine)

@@ -10,7 +10,7 @@ import numpy as np
 from vlm_latency.instrument.calibration.bench import Bench, half_width, rounds_needed
 from vlm_latency.instrument.intervals import OTHER
 from vlm_latency.instrument.meter import Reading
-from vlm_latency.instrument.methods import METERS, make_meter
+from vlm_latency.instrument.methods import METERS, make_meter, unable
 from vlm_latency.instrument.plan import output_rule
 from vlm_latency.option_groups import CalibrationOptions
 from vlm_latency.records import Row
@@ -111,17 +111,21 @@ def methods(bench: Bench, requests: list[Row]) -> dict[str, object]:
         negative before clamping), ``closure_ms`` (median of the parts' sum minus ``T_total``; the
         seed's methods know no other part than vision, prefill and decode), ``difference_ms``
         (median per component against ``timeline``) and ``wall_ratio`` (wall time per request over
-        bare ``generate()``). ``requests``, ``runs``.
+        bare ``generate()``). ``left_out``: why, by name of a method that cannot run here.
+        ``requests``, ``runs``.
     """
     vlm = bench.vlm
+    engine = vlm.options.engine
+    left_out = {name: why for name in METERS if (why := unable(vlm, name, engine))}
     meters = {
         name: bench.meter
         if name == "timeline"
-        else make_meter(vlm, name, vlm.options.engine, bench.meter.max_cache_len)
+        else make_meter(vlm, name, engine, bench.meter.max_cache_len)
         for name in METERS
+        if name not in left_out
     }
-    taken: dict[str, list[Reading]] = {name: [] for name in METERS}
-    wall: dict[str, list[float]] = {name: [] for name in (*METERS, "bare")}
+    taken: dict[str, list[Reading]] = {name: [] for name in meters}
+    wall: dict[str, list[float]] = {name: [] for name in (*meters, "bare")}
     for position in bench.rounds(1, len(requests)):
         request = requests[position]
         prepared = bench.session.prepare(request)
@@ -149,8 +153,9 @@ def methods(bench: Bench, requests: list[Row]) -> dict[str, object]:
             }
             for name, rows in times.items()
         },
+        "left_out": left_out,
         "requests": len(wall["bare"]),
-        "runs": (len(METERS) + 1) * len(wall["bare"]),
+        "runs": len(wall) * len(wall["bare"]),
     }
 
 

@@ -26,6 +26,7 @@ def verdict(found: Found) -> list[str]:
         f"{statistics['remainder']['value']:.1%} of T_total belongs to no component (T_other)",
         _alarms(statistics["false_alarms"]),
         *(_method(name, about) for name, about in statistics["methods"].items()),
+        *(f"not compared: {why}" for why in found["methods"]["left_out"].values()),
         _warmup(found["warmup"]),
     ]
 
