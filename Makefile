@@ -3,9 +3,11 @@
 # TORCH_INDEX=…  where torch comes from, e.g. https://download.pytorch.org/whl/cpu for a machine without a GPU
 PYTHON ?= python3
 TORCH_INDEX ?=
-# --no-compile: Python compiles what is imported; pip would compile all of torch, for minutes
+# --no-compile: pip would compile all of torch, for minutes; what a run imports is compiled once, and kept
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+IMPORTED := datasets, kedro.framework.cli.cli, matplotlib.pyplot, scipy.stats, torch._dynamo, vlm_latency.molmo.modeling
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test viz clean
 
@@ -28,6 +30,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m compileall -q src
+	$(BIN)/python -c "import $(IMPORTED)"
 	touch $@
 
 clean:
