@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -121,6 +122,18 @@ def test_idle_is_what_busy_leaves(folder: str) -> None:
         idle = 1 - part["busy"] / part["wall"]["value"]
         assert part["idle_share"] == pytest.approx(idle, abs=0.02)
         assert part["bound"] == "launches" or idle < 0.5
+
+
+def test_what_a_run_lacks_is_not_measured_and_a_cpu_is_a_device(tool: Any) -> None:
+    run = next(run for run in tool.ev.load(STUDY) if "exp3" in run.tables)
+    results = json.loads(json.dumps({"exp3": {**run.results["exp3"], "protocol": "seed"}}))
+    hardware = results["exp3"]["environment"]["hardware"]
+    del hardware["gpu"]
+    hardware["cpu"] = "a processor"
+    sweep = dataclasses.replace(run, tables={"exp3": run.tables["exp3"]}, results=results)
+    assert tool.page.seeds([sweep]).endswith("| not measured | not measured |")
+    assert "one kind of device was measured, a processor" in tool.page.limits([sweep])
+    assert "| a processor |" in tool.page.measured([sweep])
 
 
 def numbers(cell: str) -> list[float]:

@@ -25,6 +25,7 @@ REMARKS = {
 }
 SHARED = "runs beside 16 of 32 cores were made two at a time, each on a GPU and on half of the cores of one host"
 FEW = 4  # numbers of a claim that its cell shows
+NOT_MEASURED = "not measured"
 PLANNED = {
     "Molmo-7B-D": "molmo-7b-d",
     "MolmoE-1B": "molmoe-1b",
@@ -46,10 +47,14 @@ def headline_table(runs: list[StudyRun]) -> str:
         found, tokens = ev.headline(run), ev.photos(run)
         if not any(found.values()):
             continue
-        count = f"{int(tokens['num_vision_tokens'].median())}" if len(tokens) else "?"
-        cells = [interval(found[name]) if found[name] else "not measured" for name in ev.PARTS]
+        count = f"{int(tokens['num_vision_tokens'].median())}" if len(tokens) else NOT_MEASURED
+        cells = [shown(found[name]) for name in ev.PARTS]
         rows.append([run.label, count, *cells, ev.bounds(run)])
     return table(["model, engine", "vision tokens", *ev.PARTS.values(), "bound by"], rows)
+
+
+def shown(found: Estimate | None, unit: str = "") -> str:
+    return interval(found, unit) if found else NOT_MEASURED
 
 
 def caption(runs: list[StudyRun]) -> str:
@@ -60,6 +65,11 @@ def caption(runs: list[StudyRun]) -> str:
         f"{_span(images)} images of the median decode step of an answer of {_span(lengths)} tokens (exp4). "
         f"{about(runs)}."
     )
+
+
+def device(run: StudyRun) -> str:
+    hardware = run.environment["hardware"]
+    return str(hardware.get("gpu") or hardware["cpu"])
 
 
 def about(runs: list[StudyRun]) -> str:
@@ -84,11 +94,10 @@ def measured(runs: list[StudyRun]) -> str:
         counts = ", ".join(f"{name} {len(rows)}" for name, rows in run.tables.items())
         further = [name for name in ("exp5", "explain", "calibration") if name in run.results]
         counts += "".join(f", {name}" for name in further)
-        hardware = run.environment["hardware"]
         lines.append(
             [
                 f"[{run.label}](study/{run.name})",
-                hardware.get("gpu") or hardware["cpu"],
+                device(run),
                 run.model["dtype"],
                 run.model["weights"],
                 counts,
@@ -101,9 +110,10 @@ def measured(runs: list[StudyRun]) -> str:
 def versions(runs: list[StudyRun]) -> str:
     keys = ("torch", "cuda", "transformers", "python", "nvidia_driver")
     found = {
-        key: _listed(str(run.environment["software"].get(key)) for run in runs) for key in keys
+        key: _listed(str(run.environment["software"].get(key) or "") for run in runs)
+        for key in keys
     }
-    return ", ".join(f"{key} {value}" for key, value in found.items())
+    return ", ".join(f"{key} {value}" for key, value in found.items() if value)
 
 
 def claims(runs: list[StudyRun]) -> str:
@@ -117,7 +127,7 @@ def claims(runs: list[StudyRun]) -> str:
             said = "".join(f"<br>{name}: {interval(value)}" for name, value in numbers)
             if len(numbers) > FEW:
                 said = "<br>see what dropping vision tokens wins"
-            cells.append(f"**{claim['verdict']}**{said}" if claim else "not measured")
+            cells.append(f"**{claim['verdict']}**{said}" if claim else NOT_MEASURED)
         rows.append([run.label, *cells])
     return table(["model, engine", *texts], rows)
 
@@ -311,8 +321,8 @@ def seeds(runs: list[StudyRun]) -> str:
                 "<br>".join(below) or "nothing is subtracted",
                 f"{interval(found['lacking'], '%', 100)}; the least {100 * found['worst']:.1f} %",
                 f"{found['exceed']} of {found['runs']}",
-                interval(own["T_LLM_prefill"], "ms"),
-                interval(own["per_token"], "ms"),
+                shown(own["T_LLM_prefill"], "ms"),
+                shown(own["per_token"], "ms"),
             ]
         )
     head = [
@@ -367,7 +377,7 @@ def limits(runs: list[StudyRun]) -> list[str]:
         "protocol=seed was not run": lambda run: run.seed,
     }
     absent += [text for text, test in tests.items() if not any(map(test, runs))]
-    cards = {run.environment["hardware"].get("gpu") for run in runs}
+    cards = {device(run) for run in runs}
     if len(cards) == 1:
         absent.append(f"one kind of device was measured, {cards.pop()}")
     absent += [
