@@ -117,16 +117,18 @@ def page(
         "# How often the printed intervals hold the truth",
         "",
         f"Nominal 95 %. Made on {today.isoformat()} by `python tests/coverage --scale {scale:g}` "
-        f"with seed {SEED}; every cell has its own stream of it, whatever the number of processes. "
+        f"with seed {SEED}; every cell has its own stream of it, whatever the number of processes "
+        "(the shares of one variance are of the same draws, and so are the held-out errors of as many shapes). "
         f"It took {minutes:.0f} minutes ({processes} process{'es' * (processes > 1)}). ± is one Monte Carlo standard error.",
         "",
         "Goals: at least 93 % on normal, lognormal (σ ≤ 0.3 from n = 8, ≤ 0.5 from n = 20) and "
         "clustered data, at most 97.5 % for continuous statistics. *shown* are data of which few "
         "values know nothing (heavy tails, rare modes), statistics that may be conservative keep "
-        "only the lower goal: order statistics and ties; lines with runs far too slow and the error "
+        "only the lower goal: order statistics (of held-out errors, too) and ties; exact intervals of a count; "
+        "shares of variance that are zero; what is no interval but a verdict, of which the share is told "
+        "that raises no false alarm; lines with runs far too slow and the error "
         "of 8 held-out shapes, of which few values know little; and intercepts "
-        "where noise grows with latency (the noise of the sweep's end widens what its start tells; "
-        "with constant noise they hold 96 %). *warned* is the share of intervals whose note says that they may be "
+        "where noise grows with latency (the noise of the sweep's end widens what its start tells). *warned* is the share of intervals whose note says that they may be "
         "too narrow: one value, or image, makes more than half of the variance. *no interval* is "
         "the share of samples that got none, with the reason in the note.",
         "",

@@ -156,6 +156,16 @@ def test_exp4_gives_the_cost_of_a_step() -> None:
     assert [line["num_output_tokens"] for line in found["lengths"]] == [8, 16, 32, 64, 128]
 
 
+def test_the_band_of_the_steps_is_one_over_images() -> None:
+    for images, banded in ((5, False), (12, True)):  # a median needs six that are independent
+        records, requests = m.language_sweep(images=images)
+        result, *_ = exp4.report(
+            m.options("exp4"), records, requests, m.COVERAGE, m.ENVIRONMENT, {}, None
+        )
+        ends = result["statistics"]["steps"]
+        assert any(low is not None for low in (*ends["low"], *ends["high"])) is banded
+
+
 def _costed(table: pd.DataFrame) -> pd.DataFrame:
     flops = {
         "vision": table["num_crops"] * 1e9,
@@ -210,6 +220,12 @@ def test_exp5_finds_that_a_flop_of_decode_costs_more() -> None:
     assert "FLOPs alone do not predict latency" in found["verdict"]
     assert set(result["exp3"]) == {"flops", "latencies", "vision_tokens"}
     assert set(result["exp4"]) == {"flops", "latencies", "output_tokens"}
+    images = sweeps[1]["results"]
+    over = f"over {len({entry['image_id'] for entry in images})} clusters"
+    assert found["ms_per_tflop"]["decode"].method.endswith(over)
+    assert found["exp4"]["fit"].method.endswith(over)
+    lengths = len({entry["num_output_tokens"] for entry in images})
+    assert found["transfer"]["exp3 predicts exp4"].method.endswith(f"over {lengths} clusters")
     assert len(tables["predictors"]) == 4
     assert figure.axes
 

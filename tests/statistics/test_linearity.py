@@ -97,6 +97,20 @@ def test_the_shape_that_made_the_data_is_found(latency: np.ndarray, verdict: str
     assert (first.x, first.step_from, first.step_to) == ((194 + 288) / 2, 1, 2)
 
 
+def test_what_a_request_does_to_all_its_runs_is_no_step() -> None:
+    rng = np.random.default_rng(3)
+    request = np.repeat(np.arange(48), 5)
+    x, crops = TOKENS[request], CROPS[request]
+    found = []
+    for _ in range(40):
+        y = (10 + 0.14 * x) * (1 + rng.normal(0, 0.02, 48)[request] + rng.normal(0, 0.005, 240))
+        found.append(staircase(x, y, crops, request))
+    assert [each.verdict for each in found].count("line") >= 36
+    assert {each.n for each in found} == {48}
+    alone = staircase(x, y, request, request)  # nothing tells a step from its only request
+    assert (alone.verdict, alone.break_points[0].jump.low) == ("undecided", None)
+
+
 def test_jumps_beside_the_line() -> None:
     noise = np.random.default_rng(1).normal(0, 0.5, TOKENS.size)
     found = staircase(TOKENS, 40.0 * CROPS + noise, CROPS)

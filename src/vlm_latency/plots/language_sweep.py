@@ -165,10 +165,11 @@ def _steps(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> Non
     if steps := statistics.get("steps"):
         lower, upper = (np.array(steps[key], dtype=float) for key in ("low", "high"))
         axes.plot(steps["position"], steps["median"], color="black", label="running median")
-        axes.fill_between(
-            steps["position"], lower, upper, color="black", alpha=0.25, linewidth=0,
-            label="its 95 % interval",
-        )  # fmt: skip
+        if np.isfinite(lower + upper).any():
+            axes.fill_between(
+                steps["position"], lower, upper, color="black", alpha=0.25, linewidth=0,
+                label="its 95 % interval",
+            )  # fmt: skip
     low, middle, high = np.percentile(times, [0.5, 50, 99.5])
     margin = (high - low) / 4 or 0.1 * middle or 1.0
     bottom, top = max(0.0, low - margin), high + margin

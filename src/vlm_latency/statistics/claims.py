@@ -174,8 +174,8 @@ def language_linear_claim(step_growth: Estimate | None, exponent: Estimate | Non
     Parameters
     ----------
     step_growth : Estimate or None
-        The last decode step over the first, by `LinearFit.growth` of `decode_step_ms` over
-        position.
+        The last decode step over the second, by `LinearFit.growth` of `decode_step_ms` over
+        position; the first one after a prefill meets the device in another state.
     exponent : Estimate or None
         Of T_LLM_decode over decode steps (output tokens − 1), by `power_law_fit`; shown, not
         judged: a first step that is slow makes it small.
@@ -193,9 +193,9 @@ def language_linear_claim(step_growth: Estimate | None, exponent: Estimate | Non
             step_growth is not None
             and (step_growth.below(FLAT_STEP[0]) or step_growth.above(FLAT_STEP[1])),
         ),
-        "the line of the decode steps at the last position over that at the first: supported when "
-        f"its whole interval lies within {FLAT_STEP[0]:g} to {FLAT_STEP[1]:g}, contradicted when "
-        "outside; the exponent of T_LLM_decode stands beside it and is not judged",
+        "the line of the decode steps at the last position over that at the second, where it "
+        f"starts: supported when its whole interval lies within {FLAT_STEP[0]:g} to "
+        f"{FLAT_STEP[1]:g}, contradicted when outside; the exponent of T_LLM_decode stands beside it and is not judged",
         {"last step / first step": step_growth, "exponent": exponent},
     )
 

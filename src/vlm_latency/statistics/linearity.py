@@ -158,8 +158,18 @@ class Staircase(Result):
     note: str = ""
 
 
-def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.95) -> Staircase:
+def staircase(
+    x: ArrayLike,
+    y: ArrayLike,
+    steps: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    level: float = 0.95,
+) -> Staircase:
     """Compare a line in `x` with a constant per step of the tile grid, and with both.
+
+    Runs of one request are one point, their mean, as in `linearity_test`: what the request does to
+    all of them would count as its step.
 
     Parameters
     ----------
@@ -167,6 +177,8 @@ def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.
         Such as vision tokens and T_vision_encoder in ms.
     steps : array_like of numbers, shape (n,)
         The step each point stands on, such as `num_crops`.
+    clusters : array_like, shape (n,), optional
+        The request of each run.
     level : float
         Confidence level of the jumps (Welch's t).
 
@@ -194,6 +206,8 @@ def staircase(x: ArrayLike, y: ArrayLike, steps: ArrayLike, *, level: float = 0.
     x, y = as_pairs(("x", "y"), x, y)
     steps = as_values("steps", steps)
     as_pairs(("x", "steps"), x, steps)
+    if clusters is not None:
+        (x, y), steps = _request_means(x, y, clusters), _request_means(x, steps, clusters)[1]
     line = linear_fit(x, y, level=level)
     kinds, codes = np.unique(steps, return_inverse=True)
     n = x.size

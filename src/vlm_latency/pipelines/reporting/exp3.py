@@ -84,6 +84,7 @@ def _statistics(options: ExperimentOptions, rows: pd.DataFrame) -> dict[str, Any
         tokens,
         rows["T_vision_total"],
         rows["num_crops"].astype(float),
+        request,
     )
     bend = results.unless_impossible(
         notes, "linearity", st.linearity_test, tokens, rows["T_total"], request

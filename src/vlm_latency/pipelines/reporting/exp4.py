@@ -193,7 +193,7 @@ def _steps(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _smooth(steps: pd.DataFrame) -> dict[str, list[float | None]] | None:
-    """Take the median step, with its interval, in bins of neighbouring positions."""
+    """Take the median step, its interval over images, in bins of neighbouring positions."""
     from vlm_latency.statistics import percentile
 
     if steps.empty:
@@ -201,7 +201,10 @@ def _smooth(steps: pd.DataFrame) -> dict[str, list[float | None]] | None:
     last = steps["position"].max()
     edges = np.unique(np.linspace(0.5, last + 0.5, min(BINS, int(last)) + 1))
     groups = steps.groupby(np.digitize(steps["position"], edges))
-    bins = [(group["position"].mean(), percentile(group["ms"], 50)) for _, group in groups]
+    bins = [
+        (group["position"].mean(), percentile(group["ms"], 50, clusters=group["image"]))
+        for _, group in groups
+    ]
     return {
         "position": [float(position) for position, _ in bins],
         "median": [median.value for _, median in bins],

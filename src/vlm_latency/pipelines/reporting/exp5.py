@@ -11,7 +11,7 @@ import pandas as pd
 
 from vlm_latency.errors import DataError
 from vlm_latency.options import ExperimentOptions
-from vlm_latency.pipelines.reporting import results
+from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval
 from vlm_latency.records import ESTIMATORS, SHAPE
 from vlm_latency.results import entry_table
@@ -182,7 +182,9 @@ def _association(points: pd.DataFrame, column: str, notes: list[str]) -> dict[st
         rows = points if name == "combined" else points[points["sweep"] == name]
         rows = rows[rows[column].notna()]
         x, y = rows[column].astype(float), rows["T_total"]
-        fit = results.unless_impossible(notes, f"{name}: line", st.linear_fit, x, y)
+        fit = results.unless_impossible(
+            notes, f"{name}: line", st.linear_fit, x, y, entries.clusters(rows)
+        )
         both = results.unless_impossible(notes, f"{name}: correlation", st.correlations, x, y)
         if fit is None or both is None:
             found[name] = None
@@ -218,6 +220,7 @@ def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
             ratio_estimate,
             rows[time].astype(float),
             rows[column].astype(float) / 1e12,
+            entries.clusters(rows),
         )
         if ratio is not None:
             found[regime] = ratio
@@ -226,6 +229,7 @@ def _regimes(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate]:
 
 def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | None]:
     """Fit FLOPs on one sweep, predict the other: the mean absolute error as a share."""
+    from vlm_latency.costs.prediction import shapes
     from vlm_latency.statistics import nnls_relative_fit, transfer_error
 
     found = {}
@@ -239,7 +243,12 @@ def _transfer(points: pd.DataFrame, notes: list[str]) -> dict[str, Estimate | No
             for rows in [points[points["sweep"] == name]]
         ]
         error = results.unless_impossible(
-            notes, f"{train} predicts {test}", transfer_error, nnls_relative_fit, *sides
+            notes,
+            f"{train} predicts {test}",
+            transfer_error,
+            nnls_relative_fit,
+            *sides,
+            shapes(points[points["sweep"] == test]),
         )
         found[f"{train} predicts {test}"] = error
     return found
