@@ -175,6 +175,21 @@ def test_a_floor_is_told_from_a_line() -> None:
     assert floor_and_line(np.arange(1.0, 9), 3 * np.arange(1.0, 9)).holds == "line"
 
 
+def test_costs_that_grow_all_along_are_no_floor() -> None:
+    rng = np.random.default_rng(1)
+    request = np.repeat(np.arange(15), 5)
+    x = np.linspace(288, 1344, 15)[request]
+    held = []
+    for _ in range(25):
+        effect = rng.normal(0, 0.01, 15)[request] + rng.normal(0, 0.02, 75)
+        found = floor_and_line(
+            x, (20 + 0.05 * x + 8e-5 * x**2) * np.exp(effect), request, resamples=199
+        )
+        held.append(found.holds)
+        assert found.holds == "line" or "better than a floor" in found.note
+    assert "floor and line" not in held and held.count("undecided") > 5
+
+
 @pytest.mark.parametrize("clustered", [False, True])
 def test_coverage_under_unequal_noise(clustered: bool) -> None:
     rng = np.random.default_rng(1)

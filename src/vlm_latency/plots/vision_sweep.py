@@ -66,7 +66,7 @@ def vision_tokens_vs_latency(
             [list(PANELS)],
             reading=(
                 f"Points: {len(rows):,} runs of {rows['request_id'].nunique()} images; lines with "
-                "95 % bands; open diamonds: images that are cut into equally many crops but give "
+                "95 % bands, floors without; open diamonds: images that are cut into equally many crops but give "
                 "different numbers of tokens, a dotted line joining their medians"
             ),
         )

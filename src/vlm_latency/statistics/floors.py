@@ -65,8 +65,10 @@ def floor_and_line(
     -------
     FloorAndLine
         `holds` is "floor and line" when one line is rejected in its favour (wild bootstrap of
-        the gain over every place of the bend), "floor" when it is not and the line's slope could
-        be zero, else "line"; "undecided" below 5 points. `floor` is in units of y, `slope`, of
+        the gain over every place of the bend) and it fits better than a parabola, which has as
+        many parameters: a cost that grows all along is no floor, and where the parabola fits
+        better the answer is "undecided". It is "floor" when the line is not rejected and its slope
+        could be zero, else "line"; "undecided" below 5 points. `floor` is in units of y, `slope`, of
         the rising part, in units of y per x, `free` in units of x: below it one x more costs
         nothing. Intervals are profiles (F against the best fit, relative errors) over all places
         of the bend; an end that the data leave open is None. Unless "floor and line" holds,
@@ -126,6 +128,12 @@ def floor_and_line(
     line = _fit(x, y, weight, kinds[:1])
     of_line = _slope(line, points, level, n)
     bend = float(bends[best])
+    if p < 1 - level and _rising_parabola(x, y, weight) < rss[best]:
+        note = "one line does not hold, and costs that grow all along fit better than a floor"
+        nothing = none(note)
+        return FloorAndLine(
+            "undecided", p, nothing, nothing, nothing, n, points, method, note, (np.nan,) * 3
+        )
     if p < 1 - level and value["slope"] > 0:
         first, last = map(float, bends[inside][[0, -1]])
         low = first if first > bends[0] else None
@@ -191,6 +199,13 @@ def _fit(x: Floats, y: Floats, weight: Floats, bends: Floats) -> dict[str, Float
         "slope_information": determinant / total,
         "floor_information": determinant / second,
     }
+
+
+def _rising_parabola(x: Floats, y: Floats, weight: Floats) -> float:
+    """Return the sum of squares of the best parabola that neither falls nor flattens."""
+    past = (x - x.min()) / np.ptp(x)
+    design = weight[:, None] * np.column_stack([np.ones(x.size), past, past**2])
+    return float(scipy.optimize.nnls(design, weight * y)[1] ** 2)
 
 
 def _at(x: Floats, fits: dict[str, Floats], bends: Floats) -> Floats:

@@ -104,6 +104,8 @@ def linearity_test(
         verdict: Literal["line", "not a line", "undecided"] = "undecided"
         if p is not None:
             verdict = "not a line" if p < 1 - level else "line"
+        if verdict == "line":
+            note = note or "no departure from a line is seen"
         return LinearityTest(verdict, p, statistic, departure, n, levels, method, note)
 
     if levels < 3:
