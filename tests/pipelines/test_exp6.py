@@ -78,7 +78,11 @@ def test_the_result_says_what_was_claimed_and_what_was_measured(folder: Path) ->
         assert total["verdict"] in ("FASTER", "SLOWER", "SAME", "UNDECIDED")
         assert entry["accuracy"]["value"] is None  # the weights are random
     (claim,) = result["claims"]
-    assert claim["name"] == "flops_become_time" and "random@0.25" in claim["numbers"]
+    assert claim["name"] == "flops_become_time"
+    judged, alone = claim["numbers"]["random@0.25"], random["realised"]
+    assert judged["level"] == pytest.approx(1 - 0.05 / len(claim["numbers"]))
+    assert judged["value"] == alone["value"]
+    assert judged["low"] < alone["low"] and judged["high"] > alone["high"]  # all hold together
 
 
 def test_records_table_and_figure_are_there(folder: Path) -> None:

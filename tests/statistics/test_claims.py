@@ -5,6 +5,7 @@ import pytest
 
 from vlm_latency.statistics import (
     Estimate,
+    flops_become_time_claim,
     flops_imperfect_claim,
     language_linear_claim,
     linear_fit,
@@ -50,6 +51,10 @@ def about(low: float | None, high: float | None) -> Estimate:
         (flops_imperfect_claim(about(0.01, 0.04), about(2.0, 3.0)), "contradicted"),
         (flops_imperfect_claim(about(0.2, 0.3), about(0.5, 0.9)), "contradicted"),
         (flops_imperfect_claim(about(0.2, 0.3), about(0.9, 1.1)), "undecided"),
+        (flops_become_time_claim({"a": about(0.92, 1.1), "b": about(0.95, 1.2)}), "supported"),
+        (flops_become_time_claim({"a": about(0.92, 1.1), "b": about(0.5, 0.8)}), "contradicted"),
+        (flops_become_time_claim({"a": about(0.92, 1.1), "b": about(0.5, 1.2)}), "undecided"),
+        (flops_become_time_claim({}), "undecided"),
     ],
 )
 def test_verdicts(claim: object, verdict: str) -> None:

@@ -63,6 +63,7 @@ def report(
     notes: list[str] = []
     before = rows[rows["method"] == BASELINE]
     entries: list[dict[str, Any]] = []
+    runs: dict[str, pd.DataFrame] = {}
     for (name, keep), own in rows.groupby(["method", "keep"], sort=False):
         if name == BASELINE:
             continue
@@ -73,11 +74,15 @@ def report(
                 own.assign(request_id=own["asked"]), requests, environment
             )
             entries.append(entry)
+            runs[_way(entry)] = own
     entries.sort(key=lambda entry: (entry["method"] != "identity", entry["method"], -entry["keep"]))
+    saving = [entry for entry in entries if entry["realised"] is not None]
+    # As many as are judged at once, so that all intervals hold together (Bonferroni).
+    level = 1 - 0.05 / max(1, len(saving))
     realised = {
-        f"{entry['method']}@{entry['keep']:g}": entry["realised"]
-        for entry in entries
-        if entry["realised"] is not None
+        _way(entry): together
+        for entry in saving
+        if (together := _realised(_compared(before, runs[_way(entry)], level), entry["claimed"]))
     }
     claim = st.flops_become_time_claim(realised)
     identity = next((entry for entry in entries if entry["method"] == "identity"), None)
@@ -141,13 +146,17 @@ def _entry(
     }
 
 
-def _compared(before: pd.DataFrame, own: pd.DataFrame) -> TableComparison:
+def _way(entry: dict[str, Any]) -> str:
+    return f"{entry['method']}@{entry['keep']:g}"
+
+
+def _compared(before: pd.DataFrame, own: pd.DataFrame, level: float = 0.95) -> TableComparison:
     """Compare runs of the same question and number; about these requests, as `api.compare`."""
     from vlm_latency.statistics import compare_tables
     from vlm_latency.statistics.comparison import COMPARED
 
     columns = (*COMPARED, REDUCED_PREFILL)
-    return compare_tables(before.drop(columns="image_id"), own, columns, match_by=PAIR)
+    return compare_tables(before.drop(columns="image_id"), own, columns, level=level, match_by=PAIR)
 
 
 def _claimed(
