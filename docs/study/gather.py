@@ -26,11 +26,11 @@ ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+([\w.+-]+)")
 
 
 def published(folder: Path) -> list[Path]:
-    """List the folders of runs below a folder: those that hold a measured experiment's result."""
+    """List the folders of runs below a folder: those that hold a result."""
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_dir() and any(result_path(path, name).is_file() for name in measured())
+        if path.is_dir() and any(result_path(path, name).is_file() for name in studies())
     )
 
 

@@ -12,8 +12,7 @@ from gather import FIGURES
 
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.pipelines.reporting.results import marks
-from vlm_latency.plots.notation import ends, interval, number
-from vlm_latency.statistics import Estimate
+from vlm_latency.plots.notation import Statistic, ends, interval, number
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 FIRST = "first_and_next.png"
@@ -53,7 +52,7 @@ def headline_table(runs: list[StudyRun]) -> str:
     return table(["model, engine", "vision tokens", *ev.PARTS.values(), "bound by"], rows)
 
 
-def shown(found: Estimate | None, unit: str = "") -> str:
+def shown(found: Statistic, unit: str = "") -> str:
     return interval(found, unit) if found else NOT_MEASURED
 
 
@@ -74,7 +73,9 @@ def device(run: StudyRun) -> str:
 
 def about(runs: list[StudyRun]) -> str:
     devices = _listed(run.environment["line"].partition(",")[0] for run in runs)
-    said = _listed(mark for run in runs for mark in marks(next(iter(run.results.values()))))
+    said = _listed(
+        mark for run in ev.leading(runs) for mark in marks(next(iter(run.results.values())))
+    )
     return f"{devices}, batch 1, {said}, output lengths forced"
 
 
@@ -207,7 +208,7 @@ def _slower_though_smaller(run: StudyRun, runs: list[StudyRun]) -> str | None:
     return f"{own}, slower than {'; '.join(found)}" if found else None
 
 
-def _surely_above(one: Estimate | None, other: Estimate | None) -> bool:
+def _surely_above(one: Statistic, other: Statistic) -> bool:
     low, high = ends(one)[1], ends(other)[2]
     return low is not None and high is not None and low > high
 
@@ -340,22 +341,31 @@ def repeated(runs: list[StudyRun]) -> str:
             continue
         if first.environment["code"]["sha256"] != again.environment["code"]["sha256"]:
             changed.append(f"{first.label}: this project's code changed between the two runs.")
-        for name, title in ev.PARTS.items():
-            one, two = ev.headline(first)[name], ev.headline(again)[name]
+        for title, one, two, unit, scale in _headlines(first, again):
             if one and two:
                 overlap = not (_surely_above(one, two) or _surely_above(two, one))
                 rows.append(
                     [
                         first.label,
                         title,
-                        interval(one, "ms"),
-                        interval(two, "ms"),
-                        f"{two.value / one.value:.3f}",
+                        interval(one, unit, scale),
+                        interval(two, unit, scale),
+                        f"{ends(two)[0] / ends(one)[0]:.3f}",
                         "yes" if overlap else "**no**",
                     ]
                 )
     head = ["model, engine", "number", "first", "again", "again / first", "intervals overlap"]
     return "\n\n".join([table(head, rows), *changed]) if rows else ""
+
+
+def _headlines(
+    one: StudyRun, two: StudyRun
+) -> Iterable[tuple[str, Statistic, Statistic, str, float]]:
+    """Pair the numbers that a run is known by: title, either's, unit and what makes it of ms."""
+    for name, title in ev.PARTS.items():
+        yield title, ev.headline(one)[name], ev.headline(two)[name], "ms", 1.0
+    slopes = [run.statistics("exp3", "fits", "T_total", "slope") for run in (one, two)]
+    yield "per vision token (exp3)", *slopes, "µs", 1000.0
 
 
 def limits(runs: list[StudyRun]) -> list[str]:
