@@ -49,11 +49,9 @@ def draw() -> None:
     found = {run.label: ev.headline(run) for run in runs}
     found = {label: numbers for label, numbers in found.items() if any(numbers.values())}
     first_and_next(found, context, style).savefig(STUDY / page.FIRST)
-    swept = [
-        Run(run.label, {"exp3": run.tables["exp3"]}, {}) for run in runs if "exp3" in run.tables
-    ]
-    for drawn in side_by_side(swept, context, style).values():
-        drawn.savefig(STUDY / page.SWEEP)
+    shown = [Run(run.label, run.tables, {}) for run in runs]
+    for name, drawn in side_by_side(shown, context, style).items():
+        drawn.savefig(STUDY / page.SIDE_BY_SIDE[name][0])
 
 
 def main(arguments: list[str]) -> None:

@@ -16,7 +16,12 @@ from vlm_latency.plots.notation import Statistic, ends, interval, number
 
 BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 FIRST = "first_and_next.png"
-SWEEP = "vision_tokens.png"
+# By what it is called where runs are compared: the file, and what it shows.
+SIDE_BY_SIDE = {
+    "compare_components": ("components.png", "exp2", "Mean time of a request by component"),
+    "compare_vision_tokens": ("vision_tokens.png", "exp3", "Latency against vision tokens"),
+    "compare_output_tokens": ("output_tokens.png", "exp4", "Decode against output tokens"),
+}
 # What the data do not say by themselves; test_study.py checks the number.
 REMARKS = {
     "molmo-7b-d-loop": "one prefill of exp2 and one of exp3 (64 ms) hold the capture of a CUDA graph, which today's "
@@ -432,11 +437,11 @@ def readme_block(runs: list[StudyRun]) -> str:
 def study_page(runs: list[StudyRun], base: Path) -> str:
     first = ev.leading(runs)
     commands = "\n".join(line for run in runs for line in ev.command(run, base))
-    sweep = (
-        f"![Latency against vision tokens](study/{SWEEP})"
-        if any("exp3" in run.tables for run in first)
-        else ""
-    )
+    drawn = {
+        experiment: f"![{shown}](study/{file})"
+        for file, experiment, shown in SIDE_BY_SIDE.values()
+        if sum(experiment in run.tables for run in first) > 1
+    }
     sections = {
         "What was measured on what": f"{about(runs)}. {versions(runs)}. Images and questions are made, with the sizes "
         "and lengths of VQA v2's; the weights are random values of the real architectures, which leaves the work of a "
@@ -444,7 +449,9 @@ def study_page(runs: list[StudyRun], base: Path) -> str:
         f"warm-up included, loading not.\n\n{measured(runs)}",
         "Where the time goes": f"![Models and engines side by side](study/{FIRST})\n\n{headline_table(first)}\n\n{caption(first)}",
         "The seed study's claims": f"Each verdict is made by the rule in the run's JSON, from the number below it.\n\n{claims(first)}",
-        "What a vision token costs": sweep,
+        "What a request is made of": drawn.get("exp2", ""),
+        "What a vision token costs": drawn.get("exp3", ""),
+        "What an output token costs": drawn.get("exp4", ""),
         "What surprised": surprises(first),
         "What bounds each part": bound_table(first),
         "What dropping vision tokens wins": reductions(first),

@@ -19,7 +19,7 @@ from vlm_latency.errors import DataError, MeasurementError, UserError
 from vlm_latency.options import Options
 from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower, side_by_side
 from vlm_latency.plots.style import FigureContext, Style
-from vlm_latency.results import FILES, read_run
+from vlm_latency.results import FILES, Run, read_run
 from vlm_latency.statistics import plain
 
 NONE = pd.DataFrame()  # no variants were measured
@@ -169,11 +169,36 @@ def test_what_runs_share_is_drawn_side_by_side(tmp_path: Path) -> None:
     folders = [m.write_run(tmp_path / name, scale) for name, scale in (("a", 1), ("b", 2))]
     runs = [read_run(folder) for folder in folders]
     drawn = side_by_side(runs, FigureContext(), Style())
-    assert set(drawn) == {"compare_vision_tokens"}  # exp2 is in neither
+    assert set(drawn) == {"compare_vision_tokens"}  # exp2 and exp4 are in neither
     texts = [text.get_text() for text in drawn["compare_vision_tokens"].axes[0].get_legend().texts]
     assert texts[0].startswith("a (n = 50): ")
     assert texts[1].startswith("b (n = 50): ")
     assert side_by_side(runs[:1], FigureContext(), Style()) == {}
+
+
+def test_engines_are_drawn_against_output_tokens(tmp_path: Path) -> None:
+    def run(name: str, per_token: float) -> Run:
+        rows = [
+            {
+                "request_id": f"{image}-{tokens}",
+                "image_id": image,
+                "status": "ok",
+                "num_output_tokens": tokens,
+                "T_LLM_decode": per_token * (tokens - 1) * (1 + 0.001 * image * (-1) ** tokens),
+            }
+            for image in range(5)
+            for tokens in (8, 33, 128)
+        ]
+        return Run(name, {"exp4": pd.DataFrame(rows)}, {})
+
+    drawn = side_by_side([run("eager", 20.0), run("loop", 0.5)], FigureContext(), Style())
+    (axes,) = drawn["compare_output_tokens"].axes
+    assert axes.get_xlabel() == "output tokens"
+    eager, loop = (text.get_text() for text in axes.get_legend().texts)
+    assert eager.startswith("eager (n = 15): 20")
+    assert eager.endswith(" ms per token")
+    assert loop.startswith("loop (n = 15): 50")
+    assert loop.endswith(" µs per token")
 
 
 def variants(tmp_path: Path, text: str) -> dict[str, Any]:

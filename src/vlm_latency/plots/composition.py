@@ -141,13 +141,15 @@ def stacks(
     results : mapping of name to mapping
         Models, devices or engines; each the means (estimates, ms) by column name.
     """
+    words = max((len(word) for name in results for word in name.split()), default=0)
+    per_bar = max(0.9, 0.1 * words)  # inches, so that names do not run into one another
     with style.applied():
         figure, axes = panels(
             style,
             context,
             context.title,
             [["stacks"]],
-            panel=(max(4.0, 1.5 + 0.9 * len(results)), 3.6),
+            panel=(max(4.0, 1.5 + per_bar * len(results)), 3.6),
             reading="Bars: mean latency per component; black: 95 % interval of the total",
         )
         for panel in axes.values():

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from vlm_latency.plots.notation import LABELS, interval, number
+from vlm_latency.plots.notation import LABELS, ends, interval, number
 from vlm_latency.plots.style import (
     COLOURS,
     SERIES,
@@ -85,8 +85,9 @@ def overlaid(
     name: str,
     context: FigureContext,
     style: Style,
+    axis: str = "num_vision_tokens",
 ) -> Figure:
-    """Draw one column of several results against vision tokens in one panel.
+    """Draw one column of several results against a number of tokens in one panel.
 
     Parameters
     ----------
@@ -94,42 +95,51 @@ def overlaid(
         Models, devices or engines.
     name : str
         The column: `T_total`, `T_LLM_prefill`, …
+    axis : str
+        The column of the axis: `num_vision_tokens`, `num_vision_patches`, `num_output_tokens`.
     """
+    counted = axis.removeprefix("num_").replace("_", " ")
     with style.applied():
         figure, axes = panels(
             style, context, context.title, [["overlaid"]], panel=(5.6, 3.8),
             reading="Points: runs; lines with 95 % bands",
         )  # fmt: skip
         for panel in axes.values():
-            headline(panel, f"{LABELS[name].capitalize()} against vision {style.vision_axis}")
+            headline(panel, f"{_sentence(LABELS[name])} against {counted}")
             for i, (label, (records, fit)) in enumerate(results.items()):
                 rows = ok_rows(records)
-                x, y = column(rows, f"num_vision_{style.vision_axis}"), column(rows, name)
+                x, y = column(rows, axis), column(rows, name)
                 known = np.isfinite(x) & np.isfinite(y)
                 colour, marker = SERIES[i % len(SERIES)], "os^Dv<>P"[i % 8]
                 dots = point_style(int(known.sum()))
                 # What has no line is drawn over what has one: else it might not be seen at all.
                 over, line = (4, "none") if fit is None else (1, "-")
                 panel.scatter(x[known], y[known], color=colour, marker=marker, zorder=over, **dots)
-                text = f"{label} (n = {known.sum()}){_cost(fit, style.vision_axis)}"
+                text = f"{label} (n = {known.sum()}){_cost(fit, counted)}"
                 panel.plot([], [], color=colour, marker=marker, ls=line, label=text)
                 if fit is not None and hasattr(fit, "predict"):
                     at = np.linspace(x[known].min(), x[known].max(), 200)
                     panel.plot(at, fit.predict(at), color=colour, zorder=3)
                 else:
                     draw_fit(panel, fit, colour, "_fit")
-            panel.set(xlabel=f"vision {style.vision_axis}", ylabel="latency (ms)")
+            panel.set(xlabel=counted, ylabel="latency (ms)")
             panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
             legend(panel)
     return figure
 
 
-def _cost(fit: BandedFit | FloorAndLine | None, axis: str) -> str:
+def _sentence(label: str) -> str:
+    return label[:1].upper() + label[1:]
+
+
+def _cost(fit: BandedFit | FloorAndLine | None, counted: str) -> str:
     """Say what one more costs; beyond the floor, where there is one."""
     if fit is None:
         return ""
-    unit = "patch" if axis == "patches" else "token"
-    cost = f": {interval(fit.slope, '', 1000)} µs per {unit}"
+    unit = "patch" if counted.endswith("patches") else "token"
+    small = abs(ends(fit.slope)[0]) < 1
+    shown = interval(fit.slope, "", 1000) + " µs" if small else interval(fit.slope, "") + " ms"
+    cost = f": {shown} per {unit}"
     free = getattr(fit, "free", None)
     return cost + (f"\nbeyond {interval(free)}, none before" if free else "")
 

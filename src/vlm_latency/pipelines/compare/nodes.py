@@ -188,34 +188,49 @@ def side_by_side(runs: list[Run], context: FigureContext, style: Style) -> dict[
     from vlm_latency.plots.vision_sweep import overlaid
 
     drawn = {}
-    shared = {name: [run for run in runs if name in run.tables] for name in ("exp2", "exp3")}
+    shared = {
+        name: [run for run in runs if name in run.tables] for name in ("exp2", "exp3", "exp4")
+    }
     if len(shared["exp2"]) > 1:
         about = {run.name: results.means(run.tables["exp2"]) for run in shared["exp2"]}
         told = replace(context, finding="Mean latency of a request (exp2) by component")
         drawn["compare_components"] = stacks(about, told, style)
-    axis = f"num_vision_{style.vision_axis}"
-    swept = {run.name: run.tables["exp3"] for run in shared["exp3"] if axis in run.tables["exp3"]}
-    if len(swept) > 1:
-        lines = {
-            name: (rows, _line(rows[rows[axis].notna()], axis)) for name, rows in swept.items()
-        }
-        told = replace(context, finding=f"Latency against vision {style.vision_axis} (exp3)")
-        drawn["compare_vision_tokens"] = overlaid(lines, "T_total", told, style)
+    sweeps = (
+        ("exp3", f"num_vision_{style.vision_axis}", "T_total", "compare_vision_tokens"),
+        ("exp4", "num_output_tokens", "T_LLM_decode", "compare_output_tokens"),
+    )
+    for experiment, axis, response, name in sweeps:
+        swept = {
+            run.name: run.tables[experiment] for run in shared[experiment]
+            if {axis, response} <= set(run.tables[experiment])
+        }  # fmt: skip
+        if len(swept) > 1:
+            lines = {
+                label: (rows, _line(rows[rows[axis].notna()], axis, response))
+                for label, rows in swept.items()
+            }
+            counted = axis.removeprefix("num_").replace("_", " ")
+            told = replace(context, finding=f"Latency against {counted} ({experiment})")
+            drawn[name] = overlaid(lines, response, told, style, axis)
     return drawn
 
 
-def _line(rows: pd.DataFrame, axis: str) -> BandedFit | FloorAndLine | None:
-    """Fit what exp3's own figure shows: a floor and a line where they hold, or else a line."""
+def _line(rows: pd.DataFrame, axis: str, response: str) -> BandedFit | FloorAndLine | None:
+    """Fit what the experiment's own figure shows; of exp3 a floor and a line where they hold."""
+    from vlm_latency.pipelines.reporting import entries
     from vlm_latency.statistics import FloorAndLine, floor_and_line
 
-    known = rows[rows["T_total"].notna()]
+    known = rows[rows[response].notna()]
+    if axis == "num_output_tokens":
+        lines = results.fits(known, axis, [response], entries.clusters(known), [])
+        return results.banded(lines, known[axis]).get(response)
     floor = results.unless_impossible(
-        [], "floor", floor_and_line, known[axis], known["T_total"], known["request_id"]
+        [], "floor", floor_and_line, known[axis], known[response], known["request_id"]
     )
     if isinstance(floor, FloorAndLine) and floor.holds == "floor and line":
         return floor
-    lines = results.fits(rows, axis, ["T_total"], rows["request_id"], [])
-    return results.banded(lines, rows[axis]).get("T_total")
+    lines = results.fits(rows, axis, [response], rows["request_id"], [])
+    return results.banded(lines, rows[axis]).get(response)
 
 
 def fail_if_slower(settings: Options, result: dict[str, Any], page: str) -> bool:

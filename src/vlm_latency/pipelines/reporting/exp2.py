@@ -58,6 +58,7 @@ def report(
             "the mean of T_total",
             lambda runs: results.means(runs, ["T_total"]).get("T_total"),
         ),
+        "reached": results.reached(rows),
         "outliers": results.outliers(rows),
         "notes": results.not_computed(rows),
     }
@@ -77,6 +78,7 @@ def report(
         "paper": results.paper_table("exp2", found),
         "latency": results.estimates_table(means, "ms"),
         "shares": results.estimates_table(shares, "share of T_total"),
+        "reached": results.reached_table(found["reached"]),
         "parameters": pd.DataFrame({"component": parameters.keys(), "count": parameters.values()}),
     }
     return (

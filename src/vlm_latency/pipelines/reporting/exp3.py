@@ -110,6 +110,7 @@ def _statistics(options: ExperimentOptions, rows: pd.DataFrame) -> dict[str, Any
         "disturbed": results.disturbance(
             rows, "a vision token's cost", lambda runs: _slope(runs, axis), "µs"
         ),
+        "reached": results.reached(rows),
         "outliers": results.outliers(rows),
         "notes": notes,
     }

@@ -65,6 +65,7 @@ def report(
         "step_growth": growth,
         "dropped_lengths": _dropped(options, requests, given_requests),
         "disturbed": results.disturbance(rows, "an output token's time", _slope),
+        "reached": results.reached(rows),
         "outliers": results.outliers(rows),
         "notes": notes,
     }
@@ -93,6 +94,7 @@ def report(
         "paper": results.paper_table("exp4", found),
         "lengths": lengths,
         "slopes": results.slopes_table(lines),
+        "reached": results.reached_table(found["reached"]),
     }
     return result, tables, figure
 

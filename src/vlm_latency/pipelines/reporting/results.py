@@ -296,6 +296,42 @@ def not_computed(rows: pd.DataFrame) -> list[str]:
     return said
 
 
+def reached(rows: pd.DataFrame) -> dict[str, dict[str, Estimate]]:
+    """Say which shares of the machine's peaks a part of a request reached, the median of the runs.
+
+    Returns
+    -------
+    dict
+        By part (``vision``, ``llm_decode``, …) ``compute`` (MFU) and ``bandwidth`` (MBU), where
+        the machine's peaks and the part's costs are known.
+    """
+    from vlm_latency import statistics as st
+
+    found: dict[str, dict[str, Estimate]] = {}
+    for part in COST_PARTS:
+        for kind, name in (("compute", f"mfu_{part}"), ("bandwidth", f"mbu_{part}")):
+            known = rows[rows[name].notna()] if name in rows else rows.iloc[:0]
+            if len(known):
+                share = st.percentile(known[name].astype(float), 50, clusters=clusters(known))
+                found.setdefault(part, {})[kind] = share
+    return found
+
+
+def reached_table(found: Mapping[str, Mapping[str, Estimate]]) -> pd.DataFrame:
+    """Put `reached` into one row per part."""
+    from vlm_latency.plots.notation import interval
+
+    return pd.DataFrame(
+        [
+            {
+                "part": part,
+                **{f"{kind} (%)": interval(share, "", 100) for kind, share in of.items()},
+            }
+            for part, of in found.items()
+        ]
+    )
+
+
 def paper_table(experiment: str, found: Mapping[str, Any]) -> pd.DataFrame:
     """Put what a paper prints into five columns: the experiment's facts that are estimates."""
     from vlm_latency.plots.notation import interval
