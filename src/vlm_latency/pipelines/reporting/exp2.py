@@ -48,7 +48,7 @@ def report(
         llm = st.ratio_estimate(
             rows["T_LLM_prefill"] + rows["T_LLM_decode"], rows["T_total"], entries.clusters(rows)
         )
-    found = {
+    found: dict[str, Any] = {
         "means": means,
         "shares": shares,
         "llm_share": llm,
