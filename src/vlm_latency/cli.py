@@ -77,12 +77,13 @@ def _together(names: list[str]) -> str:
     UserError
         With the nearest right name for one that is none.
     """
-    from kedro.framework.project import pipelines
+    from vlm_latency.pipeline_registry import register_pipelines
 
-    if unknown := [name for name in names if name not in pipelines.keys()]:  # noqa: SIM118 (lazy)
-        near = difflib.get_close_matches(unknown[0], pipelines.keys(), n=1)
+    registered = list(register_pipelines())
+    if unknown := [name for name in names if name not in registered]:
+        near = difflib.get_close_matches(unknown[0], registered, n=1)
         asked = f"; did you mean '{near[0]}'?" if near else ""
-        known = ", ".join(name for name in pipelines.keys() if name.isidentifier())  # noqa: SIM118
+        known = ", ".join(name for name in registered if name.isidentifier())
         raise UserError(f"there is no pipeline '{unknown[0]}'{asked} Known are {known}")
     return ",".join(dict.fromkeys(names))
 

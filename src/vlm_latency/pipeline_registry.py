@@ -7,7 +7,7 @@ result reads the one of the same command: ``exp1,exp3``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 
 from kedro.pipeline import Pipeline
@@ -23,22 +23,32 @@ from vlm_latency.pipelines import (
 )
 
 
-def register_pipelines() -> dict[str, Pipeline]:
+def register_pipelines() -> Mapping[str, Pipeline]:
     """Give every pipeline by its name; those of one command take turns on the device."""
     phases = dict.fromkeys(row.phase for row in EXPERIMENTS.values())
-    names = (*EXPERIMENTS, *phases, "all", "__default__", *ANALYSES)
-    return _Together({name: _compose(name) for name in names})
+    return _Pipelines((*EXPERIMENTS, *phases, "all", "__default__", *ANALYSES))
 
 
-class _Together(dict[str, Pipeline]):
-    """Pipelines by name; names with commas between them are composed when they are asked for."""
+class _Pipelines(Mapping[str, Pipeline]):
+    """Pipelines by name, or by several names with commas between; composed when asked for."""
 
-    def __missing__(self, names: str) -> Pipeline:
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = tuple(dict.fromkeys(names))
+        self._composed: dict[str, Pipeline] = {}
+
+    def __getitem__(self, names: str) -> Pipeline:
         parts = names.split(",")
-        if not all(name in self for name in parts):
+        if not set(parts) <= set(self._names):
             raise KeyError(names)
-        self[names] = _compose(*parts)
-        return self[names]
+        if names not in self._composed:
+            self._composed[names] = _compose(*parts)
+        return self._composed[names]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _compose(*names: str) -> Pipeline:
