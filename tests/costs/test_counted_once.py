@@ -48,7 +48,7 @@ def test_the_zoo_has_a_tiny_twin_of_every_family() -> None:
     assert twins == types - {NULL}
 
 
-def many(architecture: Any, number: int = 60) -> RequestShape:
+def many(architecture: Any, number: int = 24) -> RequestShape:
     """Requests with images of many sizes."""
     rng, rows = np.random.default_rng(1), []
     for width, height in rng.integers(60, 700, size=(number, 2)).tolist():
@@ -80,7 +80,7 @@ def test_many_sizes_follow_from_few(zoo_costs: Callable[[str], CostModel], name:
     flops, launches = few.flops(shape, "counted"), few.launches(shape)
     for part, analytic in few.flops(shape).items():
         np.testing.assert_array_equal(flops[part], analytic)
-    for i, one in list(enumerate(shape))[::9]:
+    for i, one in list(enumerate(shape))[::4]:
         inputs = architecture.dummy_inputs(one.image_width, one.image_height, 256)
         vision, projector = few.counter.vision(inputs)
         assert (flops["vision"][i], flops["projector"][i]) == (vision.flops, projector.flops)

@@ -27,7 +27,7 @@ def tiny(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,

@@ -177,7 +177,7 @@ def test_natural_length_stops_at_the_end_of_sequence(llava: Any) -> None:
 def test_key_value_cache_is_counted(llava: Any) -> None:
     vlm, prepared = llava
     prompt = prepared.inputs["input_ids"].shape[1]
-    per_token = 3 * 2 * 2 * 8 * 4  # layers × (keys, values) × kv heads × head_dim × float32
+    per_token = 2 * 2 * 2 * 8 * 4  # layers × (keys, values) × kv heads × head_dim × float32
     assert make_meter(vlm)(prepared, 5).kv_cache_bytes == (prompt + 4) * per_token
     static = make_meter(vlm, "timeline", "static", max_cache_len=64)
     assert static(prepared, 5).kv_cache_bytes == 64 * per_token

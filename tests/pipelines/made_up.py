@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,16 @@ def language_sweep(seed: int = 0, images: int = 3) -> tuple[pd.DataFrame, pd.Dat
 
 def write_run(folder: Path, scale: float = 1.0, seed: int = 0) -> Path:
     """Put exp1 and exp3 of a made-up run on disk, every time multiplied by ``scale``."""
+    for name, made in _reported(scale, seed).items():
+        (folder / name).mkdir(parents=True)
+        for file, content in made.items():
+            (folder / name / file).write_bytes(content)
+    return folder
+
+
+@cache
+def _reported(scale: float, seed: int) -> dict[str, dict[str, bytes]]:
+    files = {}
     for name, (table, asked), report in (
         ("exp1", questions(seed=seed), exp1.report),
         ("exp3", vision_sweep(seed), exp3.report),
@@ -149,10 +160,11 @@ def write_run(folder: Path, scale: float = 1.0, seed: int = 0) -> Path:
         table[times] = table[times] * scale
         further = [{}] if name == "exp3" else []
         result, *_ = report(options(name), table, asked, COVERAGE, ENVIRONMENT, *further)
-        (folder / name).mkdir(parents=True)
-        (folder / name / f"{FILES[name]}.json").write_text(json.dumps(plain(result)))
-        table.to_parquet(folder / name / f"{name}_records.parquet")
-    return folder
+        files[name] = {
+            f"{FILES[name]}.json": json.dumps(plain(result)).encode(),
+            f"{name}_records.parquet": table.to_parquet(),
+        }
+    return files
 
 
 __all__ = ["exp4", "language_sweep", "options", "questions", "vision_sweep", "write_run"]
