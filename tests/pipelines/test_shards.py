@@ -47,11 +47,21 @@ def run(tmp_path: Path, kedro_run: Callable[..., dict[str, Any]]) -> Run:
     return measured
 
 
-@pytest.fixture
-def three(run: Run) -> Run:
-    """All three shards are measured."""
+@pytest.fixture(scope="module")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory, kedro_run: Callable[..., dict[str, Any]]
+) -> Path:
+    """Three shards, measured once."""
+    folder = tmp_path_factory.mktemp("three")
     for index in (1, 2, 3):
-        run(f"{index}/3")
+        kedro_run("exp1", folder, {**EXP1, "measurement.shard": f"{index}/3"})
+    return folder
+
+
+@pytest.fixture
+def three(run: Run, shards: Path, tmp_path: Path) -> Run:
+    """All three shards are measured."""
+    shutil.copytree(shards, tmp_path / "out")
     return run
 
 

@@ -49,9 +49,9 @@ def test_a_slower_worker_is_named_with_its_interval(sweep: bool) -> None:
 
 @pytest.mark.parametrize("sweep", [False, True])
 def test_equal_workers_are_rarely_called_different(sweep: bool) -> None:
-    found = [between_workers(runs(seed, sweep=sweep)) for seed in range(200)]
+    found = [between_workers(runs(seed, sweep=sweep)) for seed in range(100)]
     alarms = sum(bool(one and one.differing) for one in found)
-    assert alarms <= 22  # 5 % of 200, and three standard deviations
+    assert alarms <= 11  # 5 % of 100, and three standard deviations
     quiet = next(one for one in found if one and not one.differing)
     assert quiet.sentence.startswith("no worker of 4 differs: the largest ratio is that of worker")
 

@@ -132,6 +132,6 @@ def table_sha256(table: pd.DataFrame) -> str:
     """Hash a table's column names and values, whatever file they came from (SHA-256)."""
     digest = hashlib.sha256()
     for name, column in table.items():
-        texts = column.astype("string").fillna("\x00")
+        texts = column.astype("string").fillna("\x00").tolist()
         digest.update("\x1f".join([str(name), *texts, "\x1e"]).encode())
     return digest.hexdigest()

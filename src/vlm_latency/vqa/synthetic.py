@@ -73,7 +73,7 @@ def make_source(name: str, split: str, seed: int, images: int | None = None) -> 
         "image_recipe": recipes[of],
         "image_width": widths[of],
         "image_height": heights[of],
-        **{column: texts[column] for column in texts},
+        **{column: texts[column].tolist() for column in texts},
     }
     table = question_table(columns, "synthetic questions")
     return QuestionSource(name, "synthetic", split, table, None, True, {"seed": seed})
