@@ -180,6 +180,8 @@ def commands(home: Path) -> list[Command]:
     tiny = {**SMALL, "model.name": "tiny-molmo"}
     baseline, candidate = (str(home / "undisturbed" / name) for name in BOTH)
     pair = {"compare.baseline": baseline, "compare.candidate": candidate}
+    (home / "variants.yml").write_text("one: {}\ntwo: {}\nslow: {model.null_sleep_ms: 2}\n")
+    turns = {"compare.variants": str(home / "variants.yml"), "compare.num_runs": 6}
     return [
         Command("null-model all", 0.03, kedro("all", NULL), whole=True),
         Command("tiny-molmo all", 0.02, kedro("all", tiny), whole=True),
@@ -188,7 +190,8 @@ def commands(home: Path) -> list[Command]:
         Command("exp3", 0.17, kedro("exp3", NULL), whole=True),
         Command("exp4", 0.15, kedro("exp4", NULL), whole=True),
         Command("calibration", 0.05, kedro("calibration", tiny), whole=True),
-        Command("compare", 0.16, kedro("compare", {**NULL, **pair}), whole=True),
+        Command("compare", 0.08, kedro("compare", {**NULL, **pair}), whole=True),
+        Command("variants", 0.08, kedro("compare", {**NULL, **turns}), whole=True),
         Command("journal", 0.4, measure_runs, whole=False),
         Command("torn journal", 0.2, measure_runs, whole=False, tear=True),
         Command("files", 0.4, write_files, whole=False),
@@ -307,7 +310,7 @@ def on_disk(folder: Path) -> dict[str, dict[tuple[Any, ...], Any]]:
 
 
 def _run(row: Any) -> tuple[Any, ...]:
-    return (row["request_id"], row["request_sha256"], int(row["run_index"]))
+    return (row["request_id"], row["request_sha256"], int(row["run_index"]), row["model"])
 
 
 def _measured(row: Any) -> tuple[Any, ...]:

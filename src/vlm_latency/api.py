@@ -33,7 +33,7 @@ import pandas as pd
 from vlm_latency.errors import DataError, UserError
 from vlm_latency.instrument.protocol import interleave
 from vlm_latency.instrument.session import Fetch
-from vlm_latency.models import load, thread_count
+from vlm_latency.models import check_threads, load
 from vlm_latency.options import MeasurementOptions, Options
 from vlm_latency.records import REQUEST_COLUMNS, measured_table, typed, with_hashes
 from vlm_latency.statistics import Estimate, TableComparison, compare_tables
@@ -368,17 +368,13 @@ def _run(
 ) -> dict[str, pd.DataFrame]:
     """The records of each model."""
     template = Options.from_parameters({"prompt": {"template": prompt}}).prompt.template
-    threads = {thread_count(vlm.options, str(vlm.device)) for vlm in vlms.values()}
-    if len(threads) > 1:
-        raise UserError(
-            f"found models loaded with num_threads {sorted(threads)}; expected one number for all: "
-            "give num_threads"
-        )
+    check_threads(vlms.values())
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in vlms}
-    for row in interleave(
+    for made in interleave(
         vlms, requests, options, fetch=fetch, template=template, progress=progress
     ):
-        rows[row["model"]].append(row)
+        for row in made:
+            rows[row["model"]].append(row)
     return {name: measured_table(own) for name, own in rows.items()}
 
 

@@ -105,7 +105,7 @@ class Journal:
         Returns
         -------
         DataFrame
-            Columns ``records.MEASURED_COLUMNS``; one row per ``RUN``.
+            Columns ``records.MEASURED_COLUMNS``; one row per ``RUN`` and model.
 
         Raises
         ------
@@ -125,7 +125,8 @@ class Journal:
         if not frames:
             return typed(pd.DataFrame(), MEASURED_COLUMNS)
         table = pd.concat(frames, ignore_index=True)
-        table = table.drop_duplicates(RUN, keep="last", ignore_index=True)
+        # Variants that are measured in turn share their requests, and their journal.
+        table = table.drop_duplicates([*RUN, "model"], keep="last", ignore_index=True)
         self._read = state, table.copy(deep=False)
         return table
 

@@ -214,11 +214,12 @@ def _in_turn(options: Options, compared: Any) -> list[str]:
     """Refuse variants that do not fit beside each other, and questions that are not there."""
     if isinstance(compared, list):
         return []
-    from vlm_latency.models import check_fit_together
+    from vlm_latency.models import check_fit_together, check_threads
     from vlm_latency.pipelines.compare.variants import draw
 
     for handle in compared.models.values():
         _ready(handle, runs_model=True)
+    check_threads(compared.models.values())
     check_fit_together(list(compared.models.values()))
     offline = replace(compared.questions, root=None, fetch=None)
     requests = draw(options, replace(compared, questions=offline))

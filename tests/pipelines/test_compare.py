@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
@@ -15,12 +16,22 @@ from matplotlib.text import Text
 sys.path.insert(0, str(Path(__file__).parent))
 import made_up as m
 
+from vlm_latency.datasets import RecordLog
+from vlm_latency.datasets.variants import Variants
 from vlm_latency.errors import DataError, MeasurementError, UserError
+from vlm_latency.journal import RUN
+from vlm_latency.models import ModelHandle
 from vlm_latency.options import Options
 from vlm_latency.pipelines.compare.nodes import compare_runs, fail_if_slower, side_by_side
+from vlm_latency.pipelines.compare.variants import (
+    collect_variants,
+    describe_variants,
+    measure_variants,
+)
 from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.results import FILES, Run, read_run
 from vlm_latency.statistics import plain
+from vlm_latency.vqa import open_source
 
 NONE = pd.DataFrame()  # no variants were measured
 
@@ -30,6 +41,8 @@ def compare(*folders: Path, **options: Any) -> dict[str, Any]:
         Options.from_parameters({"compare": options}),
         [read_run(folder) for folder in folders],
         NONE,
+        {},
+        {},
     )
     assert len(tables["compare"])
     made_up = any("schema_version" in data for data in read_run(folders[0]).results.values())
@@ -230,6 +243,45 @@ def test_variants_are_measured_in_turn_and_compared(
     kedro_run("compare", tmp_path / "out", folders)
     assert not (tmp_path / "out" / "compare" / "compare_records.parquet").exists()
     assert not (tmp_path / "out" / "compare" / "figures" / "compare_components.png").exists()
+
+
+def test_variants_continue_where_a_kill_stopped_them(tmp_path: Path) -> None:
+    settings = Options.from_parameters(
+        {
+            "model": {"name": "null-model"},
+            "measurement": {"warmup_runs": 0},
+            "compare": {"num_samples": 2, "num_runs": 4, "output_tokens": 2},
+        }
+    )
+    names = ("one", "two", "three")
+    runs = Variants({name: ModelHandle(settings.model) for name in names}, open_source(size=4))
+    about = describe_variants(settings, runs)
+    log = RecordLog(filepath=str(tmp_path / "journal"))
+
+    def measured() -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
+        for chunk in measure_variants(settings, runs, about, log.load()):
+            log.save(chunk)
+        return collect_variants(settings, runs, about, log.load())
+
+    before, *_ = measured()
+    (path,) = (tmp_path / "journal").glob("*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if b'"request_id"' in line][:14]  # four turns and a part
+    path.write_bytes(b"".join([*lines[:2], *kept[:-1], kept[-1][:50]]))
+    with pytest.raises(MeasurementError, match="13 of 24 runs of compare are measured; run"):
+        collect_variants(settings, runs, about, log.load())
+
+    after, coverage, environments = measured()
+    assert len(after) == 24 and not after.duplicated([*RUN, "model"]).any()
+    told = [*RUN, "model", "order_index", "T_total"]
+    same = before.nsmallest(12, "order_index")[told].merge(after[told])
+    assert len(same) == 12  # what was whole is not measured again
+    turns = after.groupby(np.arange(24) // 3)  # and what was not, with all variants in turn
+    assert (turns["order_index"].agg(np.ptp) == 2).all()
+    assert (turns["model"].nunique() == 3).all() and (turns[RUN].nunique().max() == 1).all()
+    assert (coverage["planned"], coverage["measured"], coverage["partial"]) == (24, 24, False)
+    assert {each["measured"]["commands"] for each in environments.values()} == {2}
+    assert not list(measure_variants(settings, runs, about, log.load()))
 
 
 @pytest.mark.parametrize(

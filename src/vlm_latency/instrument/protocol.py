@@ -99,29 +99,17 @@ def measure(
     taking = _Turn(session, _identity(vlm, name, fingerprint, worker_index))
     first = len(done) if start_index is None else start_index
     runs = _runs([taking], requests, len(planned), left, options, first, progress, announce)
-    chunk: list[Row] = []
-    flushed = time.perf_counter()
     with contextlib.closing(runs):
         try:
             if announce:
                 next(runs)
                 paused = time.perf_counter()
                 yield []
-                flushed = time.perf_counter()
-                log.warmup_s += flushed - paused
-            for row in runs:
-                chunk.append(row)
-                late = time.perf_counter() - flushed >= SECONDS_PER_CHUNK
-                if late or len(chunk) >= options.chunk_size:
-                    ready, chunk, flushed = chunk, [], time.perf_counter()
-                    yield ready
-        except (KeyboardInterrupt, MeasurementError) as error:
-            log.interrupted = isinstance(error, KeyboardInterrupt)
-            if chunk:
-                yield chunk
+                log.warmup_s += time.perf_counter() - paused
+            yield from _chunks(runs, options.chunk_size)
+        except KeyboardInterrupt:
+            log.interrupted = True
             raise
-        if chunk:
-            yield chunk
 
 
 def interleave(
@@ -129,10 +117,13 @@ def interleave(
     requests: pd.DataFrame,
     options: MeasurementOptions,
     *,
+    left: pd.DataFrame | None = None,
+    start_index: int = 0,
     fetch: Fetch,
     template: str = "{question}",
+    fingerprint: str | None = None,
     progress: bool = True,
-) -> Iterator[Row]:
+) -> Iterator[list[Row]]:
     """Make every planned run with all of several models, one right after the other.
 
     Which one comes first is drawn for each run, from ``options.seed``. A meter is on its model
@@ -142,13 +133,16 @@ def interleave(
     ----------
     vlms
         Models by the name that their rows get, all with the same number of CPU threads.
-    requests, options, fetch, template, progress
+    left
+        The runs of the plan that are to be made; by default all.
+    requests, options, start_index, fetch, template, fingerprint, progress
         As in `measure`.
 
     Yields
     ------
-    dict
-        Rows as those of `measure`, without a fingerprint; ``order_index`` counts over all models.
+    list of dict
+        Rows as those of `measure`, those of one run by all models always together; ``order_index``
+        counts over all models.
 
     Raises
     ------
@@ -156,11 +150,38 @@ def interleave(
         As `measure`, for each model.
     """
     taking = [
-        _Turn(Session(vlm, options, fetch, template, SessionLog()), _identity(vlm, name, None))
+        _Turn(
+            Session(vlm, options, fetch, template, SessionLog()), _identity(vlm, name, fingerprint)
+        )
         for name, vlm in vlms.items()
     ]
     planned = plan(requests, options)
-    yield from _runs(taking, requests, len(planned), plain_rows(planned), options, 0, progress)
+    asked = plain_rows(planned if left is None else left)
+    runs = _runs(taking, requests, len(planned), asked, options, start_index, progress)
+    with contextlib.closing(runs):
+        yield from _chunks(runs, options.chunk_size, len(vlms))
+
+
+def _chunks(runs: Iterator[Row], size: int, together: int = 1) -> Iterator[list[Row]]:
+    """Give so many rows at once and whatever half a second brought, and at an end what is there.
+
+    Rows that belong together, so many, are never parted: a pair is made of neighbours in time.
+    """
+    chunk: list[Row] = []
+    flushed = time.perf_counter()
+    try:
+        for row in runs:
+            chunk.append(row)
+            late = time.perf_counter() - flushed >= SECONDS_PER_CHUNK
+            if len(chunk) % together == 0 and (late or len(chunk) >= size):
+                ready, chunk, flushed = chunk, [], time.perf_counter()
+                yield ready
+    except (KeyboardInterrupt, MeasurementError):
+        if whole := chunk[: len(chunk) // together * together]:
+            yield whole
+        raise
+    if chunk:
+        yield chunk
 
 
 @dataclass(frozen=True)

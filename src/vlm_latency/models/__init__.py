@@ -10,6 +10,7 @@ from typing import Any
 from vlm_latency.models.handle import (
     ModelHandle,
     check_fit_together,
+    check_threads,
     describe,
     dtype_name,
     known_models,
@@ -22,6 +23,7 @@ from vlm_latency.models.zoo import weights_kind
 __all__ = [
     "ModelHandle",
     "check_fit_together",
+    "check_threads",
     "describe",
     "dtype_name",
     "known_models",

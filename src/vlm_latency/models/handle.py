@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlm_latency.errors import ModelError
+from vlm_latency.errors import ModelError, UserError
 from vlm_latency.models.zoo import NULL, load_zoo, own_file, weights_kind
 
 if TYPE_CHECKING:
@@ -109,6 +109,22 @@ def thread_count(options: ModelOptions, device: str | None = None) -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def check_threads(models: Iterable[ModelHandle | LoadedModel]) -> None:
+    """Refuse models of one process that ask for different numbers of CPU threads.
+
+    Raises
+    ------
+    UserError
+        Naming the numbers.
+    """
+    threads = {thread_count(model.options, str(model.device)) for model in models}
+    if len(threads) > 1:
+        raise UserError(
+            f"found models with num_threads {sorted(threads)}; expected one number for all: give "
+            "num_threads"
+        )
 
 
 def known_models(zoo_file: str | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from vlm_latency.option_groups import CompareOptions
 from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting import results
 from vlm_latency.pipelines.reporting.results import marks
-from vlm_latency.records import COMPONENTS, SCHEMA_VERSION, ok_rows
+from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
 from vlm_latency.results import Run
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
 
 def compare_runs(
-    settings: Options, runs: Compared, measured: pd.DataFrame
+    settings: Options,
+    runs: Compared,
+    measured: pd.DataFrame,
+    coverage: dict[str, Any],
+    environments: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, dict[str, Figure]]:
     """Compare each run with the first one, experiment by experiment; or variants, pair by pair.
 
@@ -35,8 +39,8 @@ def compare_runs(
     ----------
     runs
         Results folders, or variants.
-    measured
-        The runs of the variants.
+    measured, coverage, environments
+        The runs of the variants, how many there are, and where each variant was measured.
 
     Returns
     -------
@@ -51,7 +55,7 @@ def compare_runs(
         When two runs share no experiment, or none of theirs a request or a shape.
     """
     if not isinstance(runs, list):
-        return _compare_variants(settings, runs, measured)
+        return _compare_variants(settings, runs, measured, coverage, environments)
     from vlm_latency.plots.style import FigureContext, Style
 
     runs = _named_apart(runs)
@@ -95,15 +99,18 @@ def compare_runs(
 
 
 def _compare_variants(
-    settings: Options, variants: Variants, measured: pd.DataFrame
+    settings: Options,
+    variants: Variants,
+    measured: pd.DataFrame,
+    coverage: dict[str, Any],
+    about: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame], Figure, dict[str, Figure]]:
     """Judge variants that were measured in turn: nothing is widened, differences are in ms too."""
-    from vlm_latency.pipelines.compare.variants import environments, judge
+    from vlm_latency.pipelines.compare.variants import judge
     from vlm_latency.plots.composition import stacks
     from vlm_latency.plots.style import FigureContext, Style
 
     found = judge(settings, variants, measured)
-    about = environments(settings, variants)
     first, *others = about
     differences = {name: _differing(about[first], about[name]) for name in others}
     result = _result(settings, about[first], list(about), found.comparisons, differences)
@@ -114,16 +121,16 @@ def _compare_variants(
             name: handle.options.model_dump(mode="json", exclude_defaults=True)
             for name, handle in variants.models.items()
         },
-        "coverage": {
-            "planned": len(measured),
-            "measured": len(ok_rows(measured)),
-            "failed": int((measured["status"] == "failed").sum()),
-            "failures": measured["error"].value_counts().head(5).to_dict(),
-        },
+        "coverage": coverage,
     }
+    said = [
+        mark
+        for each in about.values()
+        for mark in marks({"environment": each, "coverage": coverage})
+    ]
     context = FigureContext(
         environment_line=f"baseline {first}: {about[first]['line']}; measured in turn",
-        marks=tuple(dict.fromkeys(mark for each in about.values() for mark in _marks(each))),
+        marks=tuple(dict.fromkeys(said)),
         model="",
     )
     style = Style.of(settings.experiment("compare").figures)
@@ -135,10 +142,6 @@ def _compare_variants(
         _ratios(settings, found.comparisons, first, context, style),
         {"compare_components": stacks(means, told, style)},
     )
-
-
-def _marks(environment: dict[str, Any]) -> tuple[str, ...]:
-    return marks({"environment": environment})
 
 
 def _ratios(

@@ -10,15 +10,27 @@ def create_pipeline() -> Pipeline:
     stage = Pipeline(
         [
             node(
-                variants.measure_variants,
+                variants.describe_variants,
                 inputs=["settings", "runs"],
-                outputs="records",
+                outputs="environment_now",
+                name="describe_variants",
+            ),
+            node(
+                variants.measure_variants,
+                inputs=["settings", "runs", "environment_now", "journal_so_far"],
+                outputs="journal",
                 name="measure_variants",
                 tags="owns_device",
             ),
             node(
+                variants.collect_variants,
+                inputs=["settings", "runs", "environment_now", "journal"],
+                outputs=["records", "coverage", "environments"],
+                name="collect_variants",
+            ),
+            node(
                 nodes.compare_runs,
-                inputs=["settings", "runs", "records"],
+                inputs=["settings", "runs", "records", "coverage", "environments"],
                 outputs=["result", "tables", "figure_compare", "side_by_side"],
                 name="compare_runs",
             ),

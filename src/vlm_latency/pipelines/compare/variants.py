@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_latency.options import MeasurementOptions, Options
+from vlm_latency.journal import BEGAN, RUN
+from vlm_latency.options import ExperimentOptions, Options
+from vlm_latency.pipelines.measurement.nodes import (
+    begun,
+    covered,
+    measured_in,
+    plan_runs,
+    say_what_lies_there,
+    worth_measuring,
+)
 from vlm_latency.records import ok_rows, with_hashes
 
 if TYPE_CHECKING:
     from vlm_latency.api import ModelComparison
+    from vlm_latency.datasets.record_log import Chunk
     from vlm_latency.datasets.variants import Variants
-    from vlm_latency.models import ModelHandle
+    from vlm_latency.journal import Journal
     from vlm_latency.results import Run
 
     Compared = list[Run] | Variants
@@ -34,36 +45,114 @@ def draw(settings: Options, variants: Variants) -> pd.DataFrame:
     return with_hashes(vqa.draw_requests(variants.questions, sampling, length, "compare"))
 
 
-def measure_variants(settings: Options, runs: Compared) -> pd.DataFrame:
-    """Make every run with all variants, one right after the other in random order.
+def describe_variants(settings: Options, runs: Compared) -> dict[str, Any]:
+    """Record on what, and under which conditions, the variants are measured.
+
+    Returns
+    -------
+    dict
+        ``variants``: the environment of each by name; ``conditions``: what of all of them could
+        change a number, and ``fingerprint`` its hash. Empty for results folders.
+    """
+    if isinstance(runs, list):
+        return {}
+    from vlm_latency.instrument.environment import environment, fingerprint
+
+    found = {
+        name: environment(
+            handle.options,
+            _options(settings).measurement,
+            architecture=handle.architecture,
+            dataset=runs.questions.describe(),
+            template=settings.prompt.template,
+        )
+        for name, handle in runs.models.items()
+    }
+    conditions = {name: about["conditions"] for name, about in found.items()}
+    return {"variants": found, "conditions": conditions, "fingerprint": fingerprint(conditions)}
+
+
+def measure_variants(
+    settings: Options, runs: Compared, environment: dict[str, Any], journal: Journal
+) -> Iterator[Chunk]:
+    """Make the runs that the journal lacks, with all variants one right after the other.
+
+    A run is made again with all of them where one of them has none: pairs are neighbours in time.
 
     Parameters
     ----------
     runs
         Variants; or results folders, of which nothing is measured.
 
-    Returns
-    -------
-    DataFrame
-        Columns ``records.MEASURED_COLUMNS``, ``model`` the name of the variant; empty for folders.
+    Yields
+    ------
+    Chunk
+        Runs as they finish, ``model`` the name of the variant.
     """
     if isinstance(runs, list):
-        return pd.DataFrame()
-    from vlm_latency.api import compare
+        return
+    from vlm_latency.instrument.protocol import interleave
+    from vlm_latency.vqa.images import image_bytes
 
-    given = settings.measurement.model_dump(exclude={"num_runs", "output_length"})
-    models: Any = {name: handle.vlm for name, handle in runs.models.items()}
-    found = compare(
-        models,
-        draw(settings, runs),
-        num_runs=settings.compare.num_runs,
-        prompt=settings.prompt.template,
-        folder=runs.questions.root,
-        margin=settings.compare.margin,
-        progress=True,
-        **given,
-    )
-    return pd.concat(found.records.values(), ignore_index=True)
+    options, requests = _options(settings), draw(settings, runs)
+    plan, mark = plan_runs(options, requests), environment["fingerprint"]
+    head = {"fingerprint": mark, "conditions": environment["conditions"]}
+    say_what_lies_there(options, environment, journal)
+    finished = journal.read(mark)
+    count = ok_rows(finished).groupby(RUN)["model"].nunique()
+    held = plan[RUN].merge(count[count == len(runs.models)].reset_index()[RUN], on=RUN)
+    if not worth_measuring(options, len(held), len(plan)):
+        return
+    told = {name: begun(about) for name, about in environment["variants"].items()}
+    yield {**head, "rows": [], "session": {BEGAN: told}}  # type: ignore[typeddict-item]
+    done = set(zip(held["request_id"], held["run_index"], strict=True))
+    keys = zip(plan["request_id"], plan["run_index"], strict=True)
+    for rows in interleave(
+        {name: handle.vlm for name, handle in runs.models.items()},
+        requests,
+        options.measurement,
+        left=plan[[key not in done for key in keys]],
+        start_index=0 if finished.empty else int(finished["order_index"].max()) + 1,
+        fetch=lambda row: image_bytes(row, runs.questions.root),
+        template=settings.prompt.template,
+        fingerprint=mark,
+    ):
+        yield {**head, "rows": rows}  # type: ignore[typeddict-item]
+
+
+def collect_variants(
+    settings: Options, runs: Compared, environment: dict[str, Any], journal: Journal
+) -> tuple[pd.DataFrame, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Gather the runs of all variants, and refuse to go on with a part of them.
+
+    Returns
+    -------
+    records : DataFrame
+        Columns ``records.MEASURED_COLUMNS``.
+    coverage : dict
+        How many runs were planned, measured and failed.
+    environments : dict
+        Of each variant, by the command that measured (`measured_in`). All three are empty for
+        results folders.
+
+    Raises
+    ------
+    MeasurementError
+        When runs are missing and ``measurement.allow_partial`` is not set.
+    """
+    if isinstance(runs, list):
+        return pd.DataFrame(), {}, {}
+    options = _options(settings)
+    plan = plan_runs(options, draw(settings, runs))
+    found = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
+    found = found.sort_values("order_index", kind="stable", ignore_index=True)
+    coverage = covered(options, len(plan) * len(runs.models), found)
+    began = journal.began(environment["fingerprint"])
+    about = {
+        name: measured_in(each, [said[name] for said in began], found[found["model"] == name])
+        for name, each in environment["variants"].items()
+    }
+    return found, coverage, about
 
 
 def judge(settings: Options, variants: Variants, measured: pd.DataFrame) -> ModelComparison:
@@ -75,24 +164,9 @@ def judge(settings: Options, variants: Variants, measured: pd.DataFrame) -> Mode
     return ModelComparison.of(records, settings.compare.margin)
 
 
-def environments(settings: Options, variants: Variants) -> dict[str, dict[str, Any]]:
-    """Record hardware, software and settings of each variant."""
-    from vlm_latency.instrument.environment import environment
-
-    return {
-        name: environment(
-            handle.options,
-            _measurement(settings, handle),
-            architecture=handle.architecture,
-            dataset=variants.questions.describe(),
-            template=settings.prompt.template,
-        )
-        for name, handle in variants.models.items()
-    }
-
-
-def _measurement(settings: Options, handle: ModelHandle) -> MeasurementOptions:
-    asked = settings.compare
-    settled = settings.experiment("compare", handle.weights).measurement
-    length = str(asked.output_tokens)
-    return settled.model_copy(update={"num_runs": asked.num_runs, "output_length": length})
+def _options(settings: Options) -> ExperimentOptions:
+    """Give what settles a measurement; how much is measured stands in ``compare.*``."""
+    asked, options = settings.compare, settings.experiment("compare")
+    changed = {"num_runs": asked.num_runs, "output_length": str(asked.output_tokens)}
+    measurement = options.measurement.model_copy(update=changed)
+    return options.model_copy(update={"measurement": measurement})

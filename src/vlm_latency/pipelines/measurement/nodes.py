@@ -111,13 +111,12 @@ def measure(
         return
     if part:
         plan = _part_of(plan, part, _shapes(requests, model), name)
-    _say_what_lies_there(options, environment, journal)
+    say_what_lies_there(options, environment, journal)
     finished = journal.read(mark)
     held = plan[RUN].merge(ok_rows(finished), on=RUN)[RUN]
-    if not _worth_measuring(options, len(held), len(plan)):
+    if not worth_measuring(options, len(held), len(plan)):
         return
-    began = {key: value for key, value in environment.items() if key != "conditions"}
-    yield {**head, "rows": [], "session": {BEGAN: began}}  # type: ignore[typeddict-item]
+    yield {**head, "rows": [], "session": {BEGAN: begun(environment)}}  # type: ignore[typeddict-item]
     done = set(zip(held["request_id"], held["run_index"].astype(int), strict=True))
     first = 0 if finished.empty else int(finished["order_index"].max()) + 1
     from vlm_latency.workers.worker import Work
@@ -193,7 +192,7 @@ def _measure_on_workers(
     )
 
 
-def _say_what_lies_there(
+def say_what_lies_there(
     options: ExperimentOptions, environment: dict[str, Any], journal: Journal
 ) -> None:
     """Name the journals of other conditions; set this one aside where it shall not be continued."""
@@ -209,7 +208,7 @@ def _say_what_lies_there(
         )
 
 
-def _worth_measuring(options: ExperimentOptions, held: int, planned: int) -> bool:
+def worth_measuring(options: ExperimentOptions, held: int, planned: int) -> bool:
     """Say what is done already, and whether more is wanted."""
     name = options.experiment
     if held == planned:
@@ -299,11 +298,32 @@ def collect(
 
     runs = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
     runs = runs.sort_values("order_index", kind="stable", ignore_index=True)
-    missing = len(plan) - len(runs)
     name = options.experiment
+    coverage = covered(options, len(plan), runs)
+    sessions = journal.sessions(environment["fingerprint"])
+    lengths = summary(runs, sessions)
+    coverage |= {"sessions": sessions, "lengths": lengths}
+    if spread := between_workers(ok_rows(runs)):
+        notes = [note for session in sessions for note in session.get("notes") or ()]
+        coverage["workers"] = {**spread.to_dict(), "notes": list(dict.fromkeys(notes))}
+        log.info("%s: %s", name, spread.sentence)
+    marked = mark_outliers(runs, lengths_cost=lengths["costs"] is not False)
+    began = journal.began(environment["fingerprint"])
+    return runs.join(marked), coverage, measured_in(environment, began, runs)
+
+
+def covered(options: ExperimentOptions, planned: int, runs: pd.DataFrame) -> dict[str, Any]:
+    """Count the runs that were planned, measured and failed, and say why they did.
+
+    Raises
+    ------
+    MeasurementError
+        When runs are missing and ``measurement.allow_partial`` is not set, or none succeeded.
+    """
+    missing, name = planned - len(runs), options.experiment
     if missing and not options.measurement.allow_partial:
         raise MeasurementError(
-            f"{len(runs)} of {len(plan)} runs of {name} are measured; run 'kedro run --pipeline "
+            f"{len(runs)} of {planned} runs of {name} are measured; run 'kedro run --pipeline "
             f"{name}' again with the same parameters to measure the other {missing}, or report on "
             "the part with measurement.allow_partial=true"
         )
@@ -311,39 +331,38 @@ def collect(
         raise MeasurementError(f"{name}: no run succeeded; nothing to report")
     failed = runs[runs["status"] == "failed"]
     reasons = failed["error"].value_counts().head(5)
-    sessions = journal.sessions(environment["fingerprint"])
-    lengths = summary(runs, sessions)
-    coverage = {
-        "planned": len(plan),
+    return {
+        "planned": planned,
         "measured": len(runs) - len(failed),
         "failed": len(failed),
         "missing": missing,
         "partial": bool(missing),
         "failures": {str(reason): int(count) for reason, count in reasons.items()},
-        "sessions": sessions,
-        "lengths": lengths,
     }
-    if spread := between_workers(ok_rows(runs)):
-        notes = [note for session in sessions for note in session.get("notes") or ()]
-        coverage["workers"] = {**spread.to_dict(), "notes": list(dict.fromkeys(notes))}
-        log.info("%s: %s", name, spread.sentence)
-    marked = mark_outliers(runs, lengths_cost=lengths["costs"] is not False)
-    return runs.join(marked), coverage, measured_in(environment, journal, runs)
+
+
+def begun(environment: dict[str, Any]) -> dict[str, Any]:
+    """Give what a command that measures says at its start; the conditions stand in the header."""
+    return {key: value for key, value in environment.items() if key != "conditions"}
 
 
 def measured_in(
-    environment: dict[str, Any], journal: Journal, runs: pd.DataFrame
+    environment: dict[str, Any], began: list[dict[str, Any]], runs: pd.DataFrame
 ) -> dict[str, Any]:
     """Give the environment of the last command that measured, and beside it the reporting one's.
 
     Commit, load and versions belong to the runs; a report that is made again has its own.
+
+    Parameters
+    ----------
+    began
+        What each command that measured these runs said at its start (`Journal.began`).
 
     Returns
     -------
     dict
         With ``measured``: when, by how many commands and which commits; and ``reported``.
     """
-    began = journal.began(environment["fingerprint"])
     commits = dict.fromkeys(str((said.get("code") or {}).get("git_commit")) for said in began)
     return {
         **environment,
