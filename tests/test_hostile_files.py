@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from vlm_latency import load_model, measure
 from vlm_latency.datasets import GivenRequests
 from vlm_latency.errors import UserError
-from vlm_latency.journal import Journal
+from vlm_latency.journal import Journal, _lines, _table
 from vlm_latency.models.own import _call
 from vlm_latency.models.weights import check_weights
 from vlm_latency.models.zoo import load_zoo
 from vlm_latency.page import build_page, collect_results
-from vlm_latency.records import REQUEST_COLUMNS, SCHEMA_VERSION, typed
+from vlm_latency.records import MEASURED_COLUMNS, REQUEST_COLUMNS, SCHEMA_VERSION, typed
 from vlm_latency.results import entry_table, read_earlier, read_run, result_path
 from vlm_latency.vqa import open_source
 from vlm_latency.vqa.folder import open_folder
@@ -176,14 +176,20 @@ def given_requests(folder: Path) -> tuple[list[str], Callable[[], Any]]:
 
 
 def journal(folder: Path) -> tuple[list[str], Callable[[], Any]]:
-    row = {"request_id": "exp1-1", "request_sha256": "f", "run_index": 0, "status": "ok"}
+    row = {"request_id": "exp1-1", "request_sha256": "f", "run_index": 0, "fingerprint": "aa"}
+    row |= {"status": "ok", "decode_step_ms": [0.5, 2], "first_of_shape": True}
     head = {"schema_version": SCHEMA_VERSION, "fingerprint": "aa", "conditions": {"model": {}}}
-    lines = [head, {**row, "T_total": 2.5, "fingerprint": "aa"}, {"session": {"seconds": 1}}, row]
+    ended, began = {"session": {"seconds": 1}}, {"session": {"began": {"code": {}}}}
+    lines = [head, began, {**row, "T_total": 2.5}, ended, row, {**row, "run_index": 2}]
     (folder / "aa.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def read() -> None:
         log = Journal(folder)
-        log.read("aa"), log.sessions("aa"), log.conditions(log.path("aa"))
+        log.read("aa"), log.sessions("aa"), log.began("aa"), log.conditions(log.path("aa"))
+        at_once = _table(log.path("aa"), "aa")
+        if at_once is not None:
+            runs = [run for run in _lines(log.path("aa"), "aa") if "session" not in run]
+            pd.testing.assert_frame_equal(at_once, typed(pd.DataFrame(runs), MEASURED_COLUMNS))
         log.append("aa", {"model": {}}, [{**row, "run_index": 1}])
         log.close()
         log.read("aa")

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_latency.errors import MeasurementError
-from vlm_latency.journal import Journal, _fits
-from vlm_latency.records import MEASURED_COLUMNS
+from vlm_latency.journal import Journal, _fits, _lines, _table
+from vlm_latency.records import MEASURED_COLUMNS, typed
 
 CONDITIONS = {"model": "null"}
 
@@ -41,6 +42,33 @@ def test_what_is_written_is_read_with_every_column(tmp_path: Path) -> None:
     assert table.loc[0, "decode_step_ms"] == [0.5, 0.25]
     assert table["T_LLM_decode"].isna().all()
     assert Journal(tmp_path).conditions(tmp_path / "aa.jsonl") == CONDITIONS
+
+
+def test_a_whole_journal_is_parsed_at_once_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "aa.jsonl"
+    own = {"fingerprint": "aa"}
+    write(tmp_path, row(1, **own), row(2, decode_step_ms=[1, 0.5], new_kv_lengths=3, **own))
+    at_once = _table(path, "aa")
+    assert at_once is not None and len(at_once) == 2
+    pd.testing.assert_frame_equal(
+        at_once, typed(pd.DataFrame(_lines(path, "aa")), MEASURED_COLUMNS)
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"torn')
+    again = _table(path, "aa")
+    assert again is not None and len(again) == 2
+    good = json.dumps(row(3, **own)).encode()
+    for bad in (
+        *(b"", b" " + good, good + good, good.replace(b'"aa"', b'"bb"'), good[:-1] + b',"more":1}'),
+        *(
+            good.replace(b"1.5", b'"1.5"'),
+            good.replace(b'"r3"', b"null"),
+            good.replace(b"r3", b"\xff"),
+        ),
+        *(good.replace(b'"status"', b'"status":"ok","status"'), b'{"session":3}', b"[1]", b"{"),
+    ):
+        path.write_bytes(whole + bad + b"\n")
+        assert _table(path, "aa") is None, bad
 
 
 def test_an_absent_journal_is_empty_and_makes_no_folder(tmp_path: Path) -> None:

@@ -8,28 +8,32 @@ conditions finds what was measured then.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow.json import ParseOptions, ReadOptions, read_json
 
 from vlm_latency.errors import MeasurementError, blaming
 from vlm_latency.locks import take
-from vlm_latency.records import MEASURED_COLUMNS, SCHEMA_VERSION, typed
+from vlm_latency.records import MEASURED_COLUMNS, SCHEMA_VERSION, chosen, typed
 
 # What tells runs apart: a request that asks for something else is another one, whatever its id.
 RUN = ["request_id", "request_sha256", "run_index"]
 
-_ROWS_PER_FRAME = 8192  # rows parsed before they are packed into typed columns
+_BYTES_PER_PART = 1 << 24  # of the lines that are parsed at once
 _SESSION = "session"  # the key of a line that is not a run
 BEGAN = "began"  # the key of what such a line says at a command's start
-_KEYS = (("request_id", str), ("run_index", int), ("status", str))  # what every run has
+_NEEDED = ("request_id", "run_index", "status")  # what every run has
 _SESSION_LINE = b'{"session"'
 
 
@@ -119,14 +123,14 @@ class Journal:
         kept, self._read = self._read, None  # for the second time, then its memory is free
         if kept is not None and kept[0] == state:
             return kept[1]
-        runs = (line for line in _lines(path, fingerprint) if _SESSION not in line)
-        with blaming(path, "a journal that 'kedro run' wrote", MeasurementError):
-            frames = [typed(pd.DataFrame(rows), MEASURED_COLUMNS) for rows in _packs(runs)]
-        if not frames:
-            return typed(pd.DataFrame(), MEASURED_COLUMNS)
-        table = pd.concat(frames, ignore_index=True)
+        table = _table(path, fingerprint)
+        if table is None:
+            runs = [line for line in _lines(path, fingerprint) if _SESSION not in line]
+            with blaming(path, "a journal that 'kedro run' wrote", MeasurementError):
+                table = typed(pd.DataFrame(runs), MEASURED_COLUMNS)
         # Variants that are measured in turn share their requests, and their journal.
-        table = table.drop_duplicates([*RUN, "model"], keep="last", ignore_index=True)
+        last = ~table.duplicated([*RUN, "model"], keep="last")
+        table = chosen(table, last).reset_index(drop=True)
         self._read = state, table.copy(deep=False)
         return table
 
@@ -266,7 +270,7 @@ def _is_line(found: dict[str, Any] | None, fingerprint: str) -> bool:
         return False
     if _SESSION in found:
         return isinstance(found[_SESSION], dict)
-    known = all(isinstance(found.get(name), kind) for name, kind in _KEYS)
+    known = all(found.get(name) is not None for name in _NEEDED)
     return known and found.get("fingerprint", fingerprint) == fingerprint and _fits(found)
 
 
@@ -323,15 +327,64 @@ def _lines(path: Path, fingerprint: str, containing: bytes = b"") -> Iterator[di
                 )
 
 
-def _packs(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    pack: list[dict[str, Any]] = []
-    for row in rows:
-        pack.append(row)
-        if len(pack) == _ROWS_PER_FRAME:
-            yield pack
-            pack = []
-    if pack:
-        yield pack
+_LISTS = [name for name, kind in MEASURED_COLUMNS.items() if kind == "object"]
+
+
+@cache
+def _schema() -> pa.Schema:
+    """Give the columns' types as pyarrow has them; its metadata are the types of pandas."""
+    schema = pa.Schema.from_pandas(typed(pd.DataFrame(), MEASURED_COLUMNS), preserve_index=False)
+    for name in _LISTS:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, pa.list_(pa.float64())))
+    return schema
+
+
+def _table(path: Path, fingerprint: str) -> pd.DataFrame | None:
+    """Read the runs of a journal many lines at a time, in a tenth of what `_lines` takes.
+
+    Returns
+    -------
+    DataFrame or None
+        Columns ``records.MEASURED_COLUMNS``. None where a line is anything but one object of
+        values of these columns' types, a run of these conditions: `_lines` says what it is.
+    """
+    schema = _schema()
+    strict = ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    parts = []
+    try:
+        with path.open("rb") as file:
+            file.readline()
+            while lines := file.readlines(_BYTES_PER_PART):
+                if not lines[-1].endswith(b"\n"):  # the next run to be written cuts it
+                    lines.pop()
+                runs = [line for line in lines if not line.startswith(_SESSION_LINE)]
+                said = (line for line in lines if line.startswith(_SESSION_LINE))
+                known = all(_is_line(_parsed(line), fingerprint) for line in said)
+                if not known or not all(line.startswith(b"{") for line in runs):
+                    return None
+                if runs:
+                    data = b"".join(runs)
+                    part = read_json(io.BytesIO(data), ReadOptions(block_size=1 << 22), strict)
+                    part.validate(full=True)
+                    if len(part) != len(runs) or any(
+                        part[name].null_count for name in (*_NEEDED, "fingerprint")
+                    ):
+                        return None
+                    parts.append(part)
+    except (OSError, ValueError):  # pyarrow's own errors are one or the other
+        return None
+    if not parts:
+        return typed(pd.DataFrame(), MEASURED_COLUMNS)
+    whole = pa.concat_tables(parts).replace_schema_metadata(schema.metadata)
+    if set(whole["fingerprint"].unique().to_pylist()) - {fingerprint}:
+        return None
+    listed = {
+        name: pd.Series([math.nan if each is None else each for each in whole[name].to_pylist()])
+        for name in _LISTS
+    }
+    whole = whole.drop_columns(_LISTS)
+    table = whole.to_pandas(split_blocks=True, self_destruct=True).assign(**listed)
+    return table[list(MEASURED_COLUMNS)]
 
 
 def _cut_bad_end(file: IO[bytes], path: Path, fingerprint: str) -> None:

@@ -351,7 +351,13 @@ def typed(table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
 
 def ok_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Leave out the runs that failed; a table without ``status`` has none."""
-    return runs[runs["status"] == "ok"] if "status" in runs else runs
+    return chosen(runs, runs["status"] == "ok") if "status" in runs else runs
+
+
+def chosen(table: pd.DataFrame, which: pd.Series) -> pd.DataFrame:
+    """Give the rows that are chosen; all of them are the table itself, not a copy of it."""
+    which = which.fillna(False).astype(bool)
+    return table if which.all() else table[which]
 
 
 def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

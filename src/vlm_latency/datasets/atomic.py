@@ -113,11 +113,8 @@ class AtomicJSON(JSONDataset):
 
     def save(self, data: Any) -> None:
         with replacing(Path(self._filepath)) as temporary:
-            JSONDataset(
-                filepath=temporary.as_posix(),
-                save_args={"allow_nan": False, "ensure_ascii": False, "indent": 1},
-                fs_args={"open_args_save": {"encoding": "utf-8"}},
-            ).save(plain(data))
+            text = json.dumps(plain(data), allow_nan=False, ensure_ascii=False, indent=1)
+            temporary.write_text(text, encoding="utf-8")
 
     def preview(self) -> JSONPreview:
         """Show the result in Kedro-Viz, all but its entries."""

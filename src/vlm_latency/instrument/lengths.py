@@ -141,9 +141,10 @@ def found_in_runs(runs: pd.DataFrame) -> tuple[Novelty, Novelty]:
         Of prompt lengths, by the time to the first token; of key lengths, by the decode step.
     """
     prompt, key = Novelty(PROMPT_LENGTH), Novelty(KEY_LENGTH)
-    shown = ok_rows(runs)
-    shown = shown[shown["first_of_length"].notna()]
     shape = ["num_crops", "num_vision_patches", "num_total_tokens"]
+    told = ["status", "first_of_length", "new_kv_lengths", "num_output_tokens", "T_LLM_decode"]
+    shown = ok_rows(runs[[*shape, *told, *UNTIL_FIRST_TOKEN, "T_first_token"]])
+    shown = shown[shown["first_of_length"].notna()]
     for _, same in shown.groupby(shape):
         new = same["first_of_length"].astype(bool)
         if new.any() and not new.all():

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 PERCENTILES = {"P50": "#009E73", "P95": "#E69F00", "P99": "#D55E00"}
 FEWEST = 5  # values of which quartiles or a median say something
+_READ = (
+    *("T_total", "T_first_token", "tiling_rows", "tiling_cols", "num_crops"),
+    *("num_output_tokens", "outlier_cause", "status"),
+)
 LOG_RATIO = 30  # a range wider than this is drawn on a logarithmic axis
 SOURCES = {
     "content": "The tail lies in the content",
@@ -54,13 +58,12 @@ def latency_distribution(
     Parameters
     ----------
     records : DataFrame
-        Reads `T_total`, `T_first_token` (ms), `tiling_rows`, `tiling_cols`, `num_crops`,
-        `num_output_tokens`, `outlier_cause` and `status`.
+        Reads the columns `_READ`, times in ms.
     statistics : mapping
         `T_total` and, where measured, `T_first_token`: `statistics.Summary`;
         `variance_budget`, optional: `statistics.VarianceBudget`.
     """
-    rows = ok_rows(records)
+    rows = ok_rows(records[[name for name in _READ if name in records]])
     total = statistics["T_total"]
     with style.applied():
         figure, axes = panels(
@@ -191,25 +194,23 @@ def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
     known = np.isfinite(total) & (np.isfinite(crops) | np.isfinite(across))
     if not known.any():
         return nothing(axes, "no tilings recorded")
-    groups: dict[tuple[float, float], list[int]] = {}
-    for i in np.flatnonzero(known):
-        tiles = down[i] * across[i]
-        key = (tiles, down[i]) if np.isfinite(tiles) else (crops[i], math.nan)
-        groups.setdefault((key[0], key[1] if np.isfinite(key[1]) else -1.0), []).append(int(i))
-    order = sorted(groups)
+    tiles = down * across
+    tiled = np.isfinite(tiles)
+    keys = np.column_stack([np.where(tiled, tiles, crops), np.where(tiled, down, -1.0)])
+    order, which = np.unique(keys[known], axis=0, return_inverse=True)
+    groups = [np.flatnonzero(known)[which == i] for i in range(len(order))]
     names = [
         f"{rows_:.0f}×{tiles / rows_:.0f}"
         if rows_ > 0
         else f"{tiles:.0f} crop{'s' if tiles != 1 else ''}"
         for tiles, rows_ in order
     ]
-    position = np.concatenate([np.full(len(groups[key]), i) for i, key in enumerate(order)])
-    index = np.concatenate([groups[key] for key in order])
-    large = [i for i, key in enumerate(order) if len(groups[key]) >= FEWEST]
+    position, index = np.sort(which), np.concatenate(groups)
+    large = [i for i, group in enumerate(groups) if len(group) >= FEWEST]
     if large:
         thin = {"linewidth": 0.8}
         axes.boxplot(
-            [total[groups[order[i]]] for i in large],
+            [total[groups[i]] for i in large],
             positions=large,
             widths=0.65,
             showfliers=False,
@@ -219,7 +220,7 @@ def _by_tiling(axes: Axes, rows: pd.DataFrame, threshold: float) -> None:
             capprops=thin,
         )
     many = len(order) > 6
-    names = [f"{name}\nn = {len(groups[key])}" for name, key in zip(names, order, strict=True)]
+    names = [f"{name}\nn = {len(group)}" for name, group in zip(names, groups, strict=True)]
     axes.set_xticks(range(len(order)), names, rotation=90 if many else 0)
     axes.set_xlim(-0.6, len(order) - 0.4)
     spread = jitter(index.size, 0.5)

@@ -159,7 +159,8 @@ def as_codes(clusters: ArrayLike | None, n: int) -> NDArray[np.int64]:
         return np.arange(n)
     import pandas as pd
 
-    codes = pd.factorize(np.asarray(clusters))[0]
+    labels = clusters if isinstance(clusters, pd.Series) else np.asarray(clusters)
+    codes = pd.factorize(labels)[0]
     if len(codes) != n or (codes < 0).any():
         raise DataError(
             f"{len(codes)} cluster labels ({int((codes < 0).sum())} missing) for {n} values; "

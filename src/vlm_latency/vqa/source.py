@@ -105,7 +105,10 @@ def question_table(columns: Mapping[Any, Any], origin: Path | str) -> pd.DataFra
     """
     try:
         table = pd.DataFrame(
-            {name: pd.array(list(v), dtype=QUESTION_COLUMNS[name]) for name, v in columns.items()}
+            {
+                name: pd.array(v if hasattr(v, "dtype") else list(v), dtype=QUESTION_COLUMNS[name])
+                for name, v in columns.items()
+            }
         )
     except UnicodeEncodeError as error:
         raise DataError(f"{origin}: a text has a lone surrogate, which no file can hold") from error

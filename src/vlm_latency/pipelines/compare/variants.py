@@ -12,6 +12,7 @@ from vlm_latency.options import ExperimentOptions, Options
 from vlm_latency.pipelines.measurement.nodes import (
     begun,
     covered,
+    in_order,
     measured_in,
     plan_runs,
     say_what_lies_there,
@@ -144,8 +145,7 @@ def collect_variants(
         return pd.DataFrame(), {}, {}
     options = _options(settings)
     plan = plan_runs(options, draw(settings, runs))
-    found = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
-    found = found.sort_values("order_index", kind="stable", ignore_index=True)
+    found = in_order(journal.read(environment["fingerprint"]), plan)
     coverage = covered(options, len(plan) * len(runs.models), found)
     began = journal.began(environment["fingerprint"])
     about = {

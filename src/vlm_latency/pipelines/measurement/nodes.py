@@ -113,7 +113,7 @@ def measure(
         plan = _part_of(plan, part, _shapes(requests, model), name)
     say_what_lies_there(options, environment, journal)
     finished = journal.read(mark)
-    held = plan[RUN].merge(ok_rows(finished), on=RUN)[RUN]
+    held = plan[RUN].merge(ok_rows(finished[[*RUN, "status"]]), on=RUN)[RUN]
     if not worth_measuring(options, len(held), len(plan)):
         return
     yield {**head, "rows": [], "session": {BEGAN: begun(environment)}}  # type: ignore[typeddict-item]
@@ -296,8 +296,7 @@ def collect(
     from vlm_latency.statistics import mark_outliers
     from vlm_latency.statistics.workers import between_workers
 
-    runs = journal.read(environment["fingerprint"]).merge(plan[RUN], on=RUN)
-    runs = runs.sort_values("order_index", kind="stable", ignore_index=True)
+    runs = in_order(journal.read(environment["fingerprint"]), plan)
     name = options.experiment
     coverage = covered(options, len(plan), runs)
     sessions = journal.sessions(environment["fingerprint"])
@@ -309,7 +308,14 @@ def collect(
         log.info("%s: %s", name, spread.sentence)
     marked = mark_outliers(runs, lengths_cost=lengths["costs"] is not False)
     began = journal.began(environment["fingerprint"])
-    return runs.join(marked), coverage, measured_in(environment, began, runs)
+    return runs.assign(**marked), coverage, measured_in(environment, began, runs)
+
+
+def in_order(runs: pd.DataFrame, plan: pd.DataFrame) -> pd.DataFrame:
+    """Give the planned runs in the order in which they were measured, in one copy."""
+    found = runs[[*RUN, "order_index"]].reset_index().merge(plan[RUN], on=RUN)
+    places = found.sort_values("order_index", kind="stable")["index"].to_numpy()
+    return runs.take(places).reset_index(drop=True)
 
 
 def covered(options: ExperimentOptions, planned: int, runs: pd.DataFrame) -> dict[str, Any]:

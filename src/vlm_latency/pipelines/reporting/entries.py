@@ -97,10 +97,10 @@ def question_entries(records: pd.DataFrame, requests: pd.DataFrame) -> dict[str,
         ``num_entries_in_records_only``: how many others there are, which the records have.
     """
     shown = succeeded(records)
-    answered = requests[requests["request_id"].isin(shown["request_id"])]
-    requests = answered.head(MOST_ENTRIES)
-    records = shown[shown["request_id"].isin(requests["request_id"])]
-    table = averaged(records, requests)
+    answered = requests[["request_id"]].merge(shown[["request_id"]].drop_duplicates())
+    first = answered["request_id"].head(MOST_ENTRIES)
+    requests = requests[requests["request_id"].isin(first)]
+    table = averaged(shown[shown["request_id"].isin(first)], requests)
     asked = requests.set_index("request_id").loc[table.index]
     table["answers"] = [None if pd.isna(text) else json.loads(text) for text in asked["answers"]]
     table["question"] = asked["question"]

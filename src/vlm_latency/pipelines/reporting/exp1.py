@@ -9,6 +9,7 @@ import pandas as pd
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval, number
+from vlm_latency.records import chosen
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,8 @@ def report(
     coverage = results.with_cost_notes(coverage, records)
     rows = entries.succeeded(records)
     # Runs beyond num_runs repeat some requests to know the noise; they would count these twice.
-    sample = rows[rows["run_index"] < options.measurement.num_runs].reset_index(drop=True)
+    own = rows["run_index"] < options.measurement.num_runs
+    sample = chosen(rows, own).reset_index(drop=True)
     notes = results.not_computed(rows)
     summaries = {
         name: st.summary(known[name], entries.clusters(known))
@@ -86,7 +88,7 @@ def report(
         Style.of(options.figures),
     )
     result = {
-        **entries.question_entries(records, requests),
+        **entries.question_entries(rows, requests),
         **results.frame(options, environment, coverage, found, [claim], finding),
     }
     tables = {
