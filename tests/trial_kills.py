@@ -4,7 +4,8 @@
 processes that write a journal, a result, a figure or the page. After every kill the same command
 runs again and must end with the complete table: nothing lost, doubled or stale, and able to report.
 Every command is forked from a process that has imported everything, so that a thousand are no
-matter of days. The suite runs a few of them (``test_crash.py``), never this file.
+matter of days; that process computes with one thread, as OpenMP's others would be missing in a fork
+and waited for (torch's attention then never returns). The suite runs a few of them (``test_crash.py``), never this file.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch and Arrow are imported
+
 import pandas as pd
 from tqdm import tqdm
 
 PROJECT = Path(__file__).parents[1]
 FAULTS = ("lost", "doubled", "stale", "unable")
-PATIENCE = 900  # seconds, for a command that hangs
+PATIENCE = 300  # seconds, for a command that hangs
 
 SMALL = {
     "figures.dpi": 50,
