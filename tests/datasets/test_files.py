@@ -175,6 +175,14 @@ def test_tables_are_csv_and_latex(tmp_path: Path) -> None:
     assert r"\toprule" in (tmp_path / "tables" / "times.tex").read_text()
 
 
+def test_a_table_without_columns_is_no_file(tmp_path: Path) -> None:
+    dataset = TableFolder(filepath=str(tmp_path / "tables"))
+    dataset.save({"times": TABLE, "peaks": TABLE})
+    dataset.save({"times": TABLE, "peaks": pd.DataFrame()})  # on another machine: none are known
+    assert sorted(p.name for p in (tmp_path / "tables").iterdir()) == ["times.csv", "times.tex"]
+    assert "<table" in dataset.preview()
+
+
 def test_a_broken_run_does_not_lock_out_the_next_one_of_its_process(tmp_path: Path) -> None:
     """As in a notebook, where the traceback of the broken run keeps its catalog alive."""
     chunk = {"fingerprint": "aa", "conditions": {"model": "null"}}

@@ -101,7 +101,7 @@ class FigureFolder(FileDataset):
 
 
 class TableFolder(FileDataset):
-    """Tables by name, each as CSV and as booktabs LaTeX in one folder."""
+    """Tables by name, each as CSV and LaTeX (booktabs); one without columns is no file."""
 
     def load(self) -> NoReturn:
         raise NotImplementedError("tables are written for people; read the records or the result")
@@ -110,9 +110,13 @@ class TableFolder(FileDataset):
         from vlm_latency.plots.tables import to_csv, to_latex
 
         for name, table in data.items():
-            for suffix, text in ((".csv", to_csv(table)), (".tex", to_latex(table))):
-                with replacing(self._path / f"{name}{suffix}") as temporary:
-                    temporary.write_text(text, encoding="utf-8")
+            for suffix, write in ((".csv", to_csv), (".tex", to_latex)):
+                path = self._path / f"{name}{suffix}"
+                if table.columns.empty:
+                    path.unlink(missing_ok=True)
+                    continue
+                with replacing(path) as temporary:
+                    temporary.write_text(write(table), encoding="utf-8")
 
     def preview(self) -> HTMLPreview:
         """Show all tables in Kedro-Viz."""
