@@ -1,8 +1,9 @@
-"""Hashes of files' contents, kept between commands: a checkpoint of 15 GB is read once.
+"""What is kept between commands, below the user's cache folder.
 
-What is kept lies in ``contents/`` below the user's cache folder: ``$VLM_LATENCY_CACHE``, else
-``$XDG_CACHE_HOME/vlm-latency``, else ``~/.cache/vlm-latency``; ``VLM_LATENCY_CACHE=off`` keeps
-nothing. A file is read again when its size or one of its times of change is another.
+That is ``$VLM_LATENCY_CACHE``, else ``$XDG_CACHE_HOME/vlm-latency``, else ``~/.cache/vlm-latency``;
+``VLM_LATENCY_CACHE=off`` keeps nothing. In ``contents/`` lie hashes of files: a checkpoint of 15 GB
+is read once, and again when its size or one of its times of change is another. What is known of a
+model is a `Memory`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 _SMALL = 2**20  # bytes; reading these again costs nothing
 _SETTLED_NS = 2 * 10**9  # a younger file may change once more without its times telling
@@ -67,3 +72,87 @@ def keep_text(path: Path, content: str) -> bool:
     except OSError:  # a cache that cannot be written saves no time, and that is all
         return False
     return True
+
+
+class Memory:
+    """Sections of remembered values by name, in one JSON file.
+
+    The file is replaced whole, and one that is damaged is as good as none.
+
+    Parameters
+    ----------
+    path : Path or None
+        None: remembered in this object only.
+    sections : sequence of str
+        Their names.
+    """
+
+    def __init__(self, path: Path | None, sections: Sequence[str]) -> None:
+        self.path = path
+        self._names = tuple(sections)
+        self.sections: dict[str, dict[str, Any]] = self._read()
+        self._saved = self._sizes()
+
+    @classmethod
+    def of(cls, kind: str, sections: Sequence[str], *given: Any) -> Memory:
+        """Read what was remembered of a model.
+
+        Parameters
+        ----------
+        kind
+            The folder below the cache folder.
+        given
+            All that what is remembered follows from, beside the versions of torch and transformers
+            and this package's code that knows models: their hash is the file's name.
+        """
+        if (folder := cache_folder()) is None:
+            return cls(None, sections)
+        known = json.dumps(
+            [*given, version("torch"), version("transformers"), _source()],
+            sort_keys=True,
+            default=str,
+        )
+        name = hashlib.sha256(known.encode()).hexdigest()[:32]
+        return cls(folder / kind / f"{name}.json", sections)
+
+    def __getitem__(self, section: str) -> dict[str, Any]:
+        return self.sections[section]
+
+    def save(self) -> None:
+        """Write what is new, beside what another process wrote meanwhile."""
+        if self.path is None or self._sizes() == self._saved:
+            return
+        for section, values in self._read().items():
+            self.sections[section] = {**values, **self.sections[section]}
+        content = json.dumps(self.sections)
+        if keep_text(self.path, json.dumps({"sha256": _digest(content), "content": content})):
+            self._saved = self._sizes()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {section: {} for section in self._names}
+        try:
+            whole = json.loads(self.path.read_text()) if self.path else {}
+            if whole and _digest(whole["content"]) == whole["sha256"]:
+                found |= json.loads(whole["content"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return found
+
+    def _sizes(self) -> list[int]:
+        return [len(self.sections[section]) for section in self._names]
+
+
+@cache
+def _source() -> str:
+    """Hash of the code that knows models: what an older version found is not taken for this one's."""
+    digest = hashlib.sha256()
+    for package in ("costs", "models", "molmo"):
+        folder = files("vlm_latency") / package
+        for file in sorted(folder.iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()

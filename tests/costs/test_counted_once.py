@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlm_latency.contents import Memory
 from vlm_latency.costs import CostModel, RequestShape
 from vlm_latency.costs.counted import Counter
-from vlm_latency.costs.memory import Memory
+from vlm_latency.costs.model import SECTIONS
 from vlm_latency.costs.units import Census
 from vlm_latency.models.architecture import describe
 from vlm_latency.models.zoo import NULL, load_zoo
@@ -76,7 +77,7 @@ def test_many_sizes_follow_from_few(zoo_costs: Callable[[str], CostModel], name:
     architecture = zoo_costs(name).architecture
     shape = many(architecture)
     few = CostModel(architecture)
-    few.memory = Memory(None)
+    few.memory = Memory(None, SECTIONS)
     flops, launches = few.flops(shape, "counted"), few.launches(shape)
     for part, analytic in few.flops(shape).items():
         np.testing.assert_array_equal(flops[part], analytic)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlm_latency.contents import Memory
 from vlm_latency.costs.analytic import analytic
 from vlm_latency.costs.bytes_moved import bytes_moved, kv_cache_bytes, peak_memory_bytes
 from vlm_latency.costs.census import take_census
 from vlm_latency.costs.curves import count_images, decode_flops, prefill_flops
-from vlm_latency.costs.memory import Memory
 from vlm_latency.costs.parameter_rule import parameter_rule
 from vlm_latency.costs.shapes import PARTS, RequestShape
 from vlm_latency.costs.units import CROSS_ATTENTION, NO_WORK, Census
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 # Of a prompt made only for its image; long enough for any chat template.
 TEXT_TOKENS = 256
 
-# What is remembered of an image.
+# What is remembered of an architecture; and of an image.
+SECTIONS = ("census", "parameters", "images", "prefill", "step", "checks")
 COUNTS = tuple((part, what) for part in ("vision", "projector") for what in ("flops", "launches"))
 
 
@@ -46,7 +47,7 @@ class CostModel:
 
     def __init__(self, architecture: Any) -> None:
         self.architecture = architecture
-        self.memory = Memory.of(architecture)
+        self.memory = _memory(architecture)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
 
     @property
@@ -147,6 +148,7 @@ class CostModel:
             except Exception as error:  # whatever a model's code raises without values
                 logger.debug("the decoder does not run on shapes: %s", error)
                 checks["cache"] = [expected, expected]
+            self.memory.save()
         expected, seen = checks["cache"]
         return bool(expected == seen)
 
@@ -378,6 +380,14 @@ def without(costs: dict[str, Any], parts: Iterable[str]) -> dict[str, Any]:
     """
     parts = [part for part in parts if part in costs]
     return {**costs, **dict.fromkeys([*parts, "total"] if parts else [], np.nan)}
+
+
+def _memory(architecture: Any) -> Memory:
+    """What was counted of an architecture before; of one that its configuration does not tell, none."""
+    if getattr(architecture, "own_modules", True):
+        return Memory(None, SECTIONS)
+    given = architecture.config, str(architecture.component_overrides)
+    return Memory.of("costs", SECTIONS, *given)
 
 
 def _name(key: Iterable[int]) -> str:
