@@ -249,13 +249,13 @@ def test_dtypes():
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
-    from vlm_latency.models import loading
+    from vlm_latency.models import handle
 
     options = ModelOptions(name="molmo-7b-d", device="cpu", dtype="bfloat16")
     found = describe(options)
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 17 * 2**30)
+    monkeypatch.setattr(handle, "free_bytes", lambda device: 17 * 2**30)
     check_fits(found, options)
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 15 * 2**30)
+    monkeypatch.setattr(handle, "free_bytes", lambda device: 15 * 2**30)
     # 8,021,025,280 × 2 bytes; 4096 positions of 57,344 bytes
     with pytest.raises(ModelError, match=r"14\.94 GiB \+ .* 4096 positions 0\.22 GiB.*15\.00 GiB"):
         load(options)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,20 +203,31 @@ def test_experiments_take_turns(root: Path) -> None:
         assert written < started
 
 
-def test_the_same_command_reports_again_and_loads_no_model(
-    root: Path,
-    tmp_path: Path,
-    kedro_run: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_the_same_command_reports_again_without_a_model_or_what_makes_one(
+    root: Path, tmp_path: Path
 ) -> None:
     again = shutil.copytree(root, tmp_path / "again")
     (again / "exp3" / f"{FILES['exp3']}.json").unlink()
-    monkeypatch.setattr("vlm_latency.models.load", lambda _: pytest.fail("the model was loaded"))
-    parameters = {"exp3.sampling.max_grid_size": 6, "measurement.warmup_runs": 0}
-    with caplog.at_level("INFO", "vlm_latency"):
-        kedro_run("exp3", again, parameters)
-    assert "exp3: all 14 runs were measured before; reporting again" in caplog.text
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['torch._C'] = sys.modules['transformers.utils'] = None\n"
+    )
+    given = f"output_dir={again},exp3.sampling.max_grid_size=6,measurement.warmup_runs=0"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "kedro", "run", "--env", "smoke", "--pipeline", "exp3"),
+            *("--params", given),
+        ],
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exp3: all 14 runs were measured before; reporting again" in done.stderr
     assert result(again, "exp3")["results"] == result(root, "exp3")["results"]
 
 

@@ -148,7 +148,8 @@ def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, 
     from vlm_latency.models import dtype_name, resolve_device, thread_count, weights_kind
     from vlm_latency.models.zoo import NULL
 
-    kind = weights_kind(options)
+    kind, device, dtype = weights_kind(options), resolve_device(options), dtype_name(options)
+    sdpa = options.attn_implementation == "sdpa"
     config = json.dumps(architecture.config, sort_keys=True, default=str).encode()
     return {
         "name": options.name,
@@ -159,11 +160,11 @@ def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, 
         "revision": None if kind == "random" else _revision(options, architecture.hub_id),
         "zoo_sha256": _zoo(options, architecture.model_type),
         "seed": options.seed if kind == "random" else None,
-        "device": str(resolve_device(options)),
-        "dtype": dtype_name(options),
+        "device": device,
+        "dtype": dtype,
         "attn_implementation": options.attn_implementation,
         "sdpa_backend": options.sdpa_backend,  # of the decoder
-        "sdpa_backend_encoder": _encoder_backend(options, architecture),
+        "sdpa_backend_encoder": architecture.encoder_backend(device, dtype) if sdpa else None,
         "float32_attention": architecture.config.get("float32_attention"),  # Molmo only
         "engine": options.engine,
         "cache": "dynamic" if options.engine == "eager" else "static",
@@ -172,18 +173,6 @@ def _model(options: ModelOptions, architecture: ModelArchitecture) -> dict[str, 
         "trust_remote_code": options.trust_remote_code,  # whose code runs
         "null_sleep_ms": options.null_sleep_ms if options.name == NULL else None,
     }
-
-
-def _encoder_backend(options: ModelOptions, architecture: ModelArchitecture) -> str | None:
-    """Which kernel PyTorch chooses for the encoder's attention, where it is PyTorch's to choose."""
-    config = getattr(architecture, "transformers_config", None)
-    if config is None or options.attn_implementation != "sdpa":
-        return None
-    from vlm_latency.models.attention import encoder_backend
-    from vlm_latency.models.loading import resolve_device, resolve_dtype
-
-    device = resolve_device(options)
-    return encoder_backend(config, device, resolve_dtype(options, device))
 
 
 def _zoo(options: ModelOptions, model_type: str) -> str:

@@ -171,6 +171,16 @@ class Architecture:
         """Give the bytes of all parameters."""
         return self.parameters.params_total * BYTES_PER_VALUE[dtype]
 
+    def encoder_backend(self, device: str, dtype: str) -> str | None:
+        """Name the kernel that PyTorch chooses for the encoder's attention; None where unknown."""
+        import torch
+
+        from vlm_latency.models.attention import encoder_backend
+
+        return encoder_backend(
+            self.transformers_config, torch.device(device), getattr(torch, dtype)
+        )
+
     def meta_model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """Build the model itself on the meta device: shapes, no numbers.
 

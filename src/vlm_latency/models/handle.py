@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import runpy
+import sys
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import ModelError, UserError
+from vlm_latency.models.known import KnownArchitecture, is_known
 from vlm_latency.models.zoo import NULL, load_zoo, own_file, weights_kind
 
 if TYPE_CHECKING:
     from vlm_latency.models.interface import LoadedModel, ModelArchitecture
     from vlm_latency.options import ModelOptions
+
+# Positions of key-value cache that a model must have room for beside its weights, at most.
+_CACHE_TOKENS = 4096
+# Activations, workspace and the device's own context, as a share of the weights and in bytes.
+_MARGIN_SHARE = 0.05
+_MARGIN_BYTES = {"cuda": 2**30, "cpu": 2**28}
 
 
 def room_of(options: ModelOptions) -> Any:
@@ -35,6 +47,8 @@ class ModelHandle:
     @cached_property
     def architecture(self) -> ModelArchitecture:
         """What analyses need to know, without weights."""
+        if is_known(self.options) and self.device == "cpu":
+            return KnownArchitecture(self.options)
         return describe(self.options)
 
     @cached_property
@@ -49,7 +63,12 @@ class ModelHandle:
 
     def check_fits(self) -> None:
         """Refuse a model that cannot be built, or that the device's free memory does not hold."""
-        room_of(self.options).check_fits(self.architecture, self.options)
+        found = self.architecture
+        if isinstance(found, KnownArchitecture):
+            found.once("builds", lambda: room_of(self.options).check_builds(found, self.options))
+            check_room(found, self.device, self.dtype)
+        else:
+            room_of(self.options).check_fits(found, self.options)
 
     @cached_property
     def vlm(self) -> LoadedModel:
@@ -65,8 +84,6 @@ def check_fit_together(handles: Sequence[ModelHandle]) -> None:
     ModelError
         With the bytes wanted and the bytes free.
     """
-    from vlm_latency.models.loading import free_bytes
-
     for device in dict.fromkeys(handle.device for handle in handles):
         here = [h for h in handles if h.device == device and h.weights != "own"]
         wanted = sum(handle.architecture.weight_bytes(handle.dtype) for handle in here)
@@ -75,6 +92,43 @@ def check_fit_together(handles: Sequence[ModelHandle]) -> None:
                 f"{len(here)} models do not fit on {device} at once: {wanted / 2**30:.2f} GiB of "
                 f"weights, and {free / 2**30:.2f} GiB are free; compare fewer, or smaller ones"
             )
+
+
+def check_room(architecture: ModelArchitecture, device: str, dtype: str) -> None:
+    """Refuse a model whose weights and cache the free memory of a device does not hold.
+
+    Raises
+    ------
+    ModelError
+        With the bytes wanted and the bytes free.
+    """
+    weights = architecture.weight_bytes(dtype)
+    positions = min(architecture.max_positions or _CACHE_TOKENS, _CACHE_TOKENS)
+    cache = positions * architecture.kv_bytes_per_token(dtype)
+    margin = round(weights * _MARGIN_SHARE) + _MARGIN_BYTES.get(device.partition(":")[0], 0)
+    free = free_bytes(device)
+    if weights + cache + margin > free:
+        raise ModelError(
+            f"{architecture.name} does not fit on {device}: weights in {dtype} "
+            f"{_gib(weights)} + key-value cache of {positions} positions {_gib(cache)} + margin "
+            f"{_gib(margin)} = {_gib(weights + cache + margin)}, but {_gib(free)} are free. Use a "
+            "smaller model, a narrower model.dtype or another device"
+        )
+
+
+def free_bytes(device: str) -> int:
+    """Give the free memory of a device."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def load(options: ModelOptions) -> LoadedModel:
@@ -91,13 +145,35 @@ def describe(options: ModelOptions) -> ModelArchitecture:
 
 def resolve_device(options: ModelOptions) -> str:
     """Say where the model runs: ``cpu``, ``cuda:0``; a missing device is a `ModelError`."""
+    if options.device == "cpu" or (options.device == "auto" and not _may_have_gpu()):
+        return "cpu"  # as torch would say, which takes seconds to import
     return str(room_of(options).resolve_device(options))
 
 
 def dtype_name(options: ModelOptions) -> str:
     """Say what the model computes in: ``float32``, ``bfloat16`` or ``float16``."""
+    if is_known(options) and resolve_device(options) == "cpu":
+        return "float32" if options.dtype == "auto" else options.dtype
     room = room_of(options)
     return str(room.resolve_dtype(options, room.resolve_device(options))).removeprefix("torch.")
+
+
+@cache
+def _may_have_gpu() -> bool:
+    """Whether torch, which is not imported for it, might find a GPU: a driver is here, and a build for it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if build.get("hip") or not build.get("cuda"):
+        return bool(build.get("hip"))
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")  # what CUDA's own runtime looks for
+    except OSError:
+        return False
+    return True
 
 
 def thread_count(options: ModelOptions, device: str | None = None) -> int:

@@ -105,6 +105,9 @@ class ModelArchitecture(Protocol):
     def weight_bytes(self, dtype: str) -> int:
         """Give the bytes of all parameters."""
 
+    def encoder_backend(self, device: str, dtype: str) -> str | None:
+        """Name the kernel that PyTorch chooses for the encoder's attention; None where unknown."""
+
     def image_tokens(self, width: int, height: int) -> TokenCounts:
         """Count what an image of this size (pixels) becomes, without text."""
 

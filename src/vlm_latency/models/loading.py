@@ -13,6 +13,7 @@ from torch import nn
 from vlm_latency.errors import ModelError
 from vlm_latency.models.architecture import Architecture, build_on_meta, describe
 from vlm_latency.models.attention import check_backend
+from vlm_latency.models.handle import check_room
 from vlm_latency.models.random_weights import materialise
 from vlm_latency.models.requests import Prepared, Preparer, check_prompt, wrap_processor
 from vlm_latency.models.weights import check_weights, few
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlm_latency.models.interface import Meter
-
-# Positions of key-value cache that a model must have room for beside its weights, at most.
-_CACHE_TOKENS = 4096
-# Activations, workspace and the device's own context, as a share of the weights and in bytes.
-_MARGIN_SHARE = 0.05
-_MARGIN_BYTES = {"cuda": 2**30, "cpu": 2**28}
-
 
 # Settings of a generation configuration with which a token is more or less than one forward, or
 # the prompt more than one; and their neutral values besides None.
@@ -278,36 +272,23 @@ def check_fits(architecture: Architecture, options: ModelOptions) -> None:
         With the bytes wanted and the bytes free, or the attention backends that work.
     """
     device = resolve_device(options)
-    kind = resolve_dtype(options, device)
-    check_backend(options, architecture.transformers_config, device, kind)
-    dtype = str(kind).removeprefix("torch.")
+    check_builds(architecture, options)
+    dtype = str(resolve_dtype(options, device)).removeprefix("torch.")
+    check_room(architecture, str(device), dtype)
+
+
+def check_builds(architecture: Architecture, options: ModelOptions) -> None:
+    """Refuse what cannot be built or has no such kernel here.
+
+    Raises
+    ------
+    ModelError
+        Of the configuration, or with the attention backends that work.
+    """
+    device = resolve_device(options)
+    dtype = resolve_dtype(options, device)
+    check_backend(options, architecture.transformers_config, device, dtype)
     architecture.meta_model(options.attn_implementation)
-    weights = architecture.weight_bytes(dtype)
-    positions = min(architecture.max_positions or _CACHE_TOKENS, _CACHE_TOKENS)
-    cache = positions * architecture.kv_bytes_per_token(dtype)
-    margin = round(weights * _MARGIN_SHARE) + _MARGIN_BYTES.get(device.type, 0)
-    free = free_bytes(device)
-    if weights + cache + margin > free:
-        raise ModelError(
-            f"{architecture.name} does not fit on {device}: weights in {dtype} "
-            f"{_gib(weights)} + key-value cache of {positions} positions {_gib(cache)} + margin "
-            f"{_gib(margin)} = {_gib(weights + cache + margin)}, but {_gib(free)} are free. Use a "
-            "smaller model, a narrower model.dtype or another device"
-        )
-
-
-def free_bytes(device: torch.device | str) -> int:
-    """Give the free memory of a device."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _load_pretrained(

@@ -69,6 +69,9 @@ class NullArchitecture:
         """Give zero: there are no weights."""
         return 0
 
+    def encoder_backend(self, device: str, dtype: str) -> None:
+        """Give None: nothing attends."""
+
     def image_tokens(self, width: int, height: int) -> TokenCounts:
         """Count as a Molmo with the published geometry does."""
         return TokenCounts.of_tiles(self.tiles, width, height)
