@@ -24,7 +24,7 @@ from vlm_latency.pipelines import (
 
 
 def register_pipelines() -> Mapping[str, Pipeline]:
-    """Give every pipeline by its name; those of one command take turns on the device."""
+    """Give every pipeline by its name; in one command they run in turn (`hooks`)."""
     phases = dict.fromkeys(row.phase for row in EXPERIMENTS.values())
     return _Pipelines((*EXPERIMENTS, *phases, "all", "__default__", *ANALYSES))
 
@@ -65,10 +65,9 @@ def _names(name: str, row: Experiment) -> bool:
 
 
 def _study(rows: Sequence[Experiment], analyses: Sequence[str]) -> Pipeline:
-    """Chain experiments: each is measured when the results of the one before are on disk."""
+    """Put experiments and analyses together, with a page over what they make."""
     names = [row.name for row in rows]
-    before = dict(zip(names[1:], names, strict=False))
-    parts = [_experiment(row, before.get(row.name), names) for row in rows]
+    parts = [_experiment(row, names) for row in rows]
     parts += [_analysis(name, names) for name in analyses]
     page = reporting.create_page([f"{name}.result" for name in (*names, *analyses)])
     start = calibration.ceilings() if any(row.measures for row in rows) else Pipeline([])
@@ -87,13 +86,11 @@ def _analysis(name: str, together: Sequence[str]) -> Pipeline:
     return Pipeline(own, inputs=made)
 
 
-def _experiment(row: Experiment, before: str | None, together: Sequence[str]) -> Pipeline:
+def _experiment(row: Experiment, together: Sequence[str]) -> Pipeline:
     """Compose one experiment of the four modular pipelines, under its namespace.
 
     Parameters
     ----------
-    before
-        The experiment whose results must be on disk before this one measures.
     together
         The experiments of the same command: an earlier result that one of them makes is taken from
         it, rather than from a file.
@@ -102,7 +99,7 @@ def _experiment(row: Experiment, before: str | None, together: Sequence[str]) ->
     if row.measures:
         stages |= {
             "data_sampling": data_sampling.create_pipeline(),
-            "measurement": measurement.create_pipeline(takes_turns=before is not None),
+            "measurement": measurement.create_pipeline(),
             "flops_estimation": flops_estimation.create_pipeline(),
         }
     stages["reporting"] = reporting.create_pipeline(row.name)
@@ -112,7 +109,6 @@ def _experiment(row: Experiment, before: str | None, together: Sequence[str]) ->
     ]
     parts = sum(boxes, Pipeline([]))
     outer = {name: name for name in ("settings", "model", "questions", "ceilings")}
-    outer |= {"after": f"{before}.result"}
     outer |= {
         dataset: f"{maker}.result" for dataset, maker in row.earlier.items() if maker in together
     }

@@ -6,12 +6,17 @@ import inspect
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 from kedro.framework.session import KedroSession
 from kedro.framework.startup import bootstrap_project
 from kedro.io import MemoryDataset
+from kedro.pipeline import Pipeline
+
+from vlm_latency.experiments import studies
+from vlm_latency.hooks import _take_turns
 
 PROJECT = Path(__file__).parents[2]
 PIPELINES = PROJECT / "src" / "vlm_latency" / "pipelines"
@@ -71,10 +76,29 @@ def test_kedro_viz_finds_layers_and_what_each_node_does(registry: dict, catalog)
             assert inspect.isfunction(node.func) and node.func.__doc__, node.name  # its source
 
 
-def test_an_experiment_measures_when_the_result_before_it_is_on_disk(registry: dict) -> None:
-    for before, after in (("exp1", "exp2"), ("exp2", "exp3"), ("exp3", "exp4")):
-        measured = registry["all"].to_nodes(f"{after}.measurement.measure")
-        assert f"{before}.reporting.report" in {node.name for node in measured.nodes}
+def test_only_results_that_are_read_join_experiments(registry: dict) -> None:
+    whole = registry["all"]
+    made = {output: node.namespace for node in whole.nodes for output in node.outputs}
+    joined = {
+        (made[name].split(".")[0], node.namespace.split(".")[0])
+        for node in whole.nodes
+        for name in node.inputs
+        if node.namespace and made.get(name)
+    }
+    assert {pair for pair in joined if pair[0] != pair[1]} == {("exp3", "exp5"), ("exp4", "exp5")}
+
+
+@pytest.mark.parametrize("name", [*sorted(REGISTERED), "predict,exp3,phase1"])
+def test_studies_run_one_after_the_other(name: str, registry: dict) -> None:
+    pipeline = Pipeline(registry[name])
+    _take_turns(pipeline)
+    assert sorted(pipeline.nodes) == sorted(registry[name].nodes)
+    place = {node: n for n, node in enumerate(pipeline.nodes)}
+    for node, needed in pipeline.node_dependencies.items():
+        assert all(place[other] < place[node] for other in needed)
+    spaces = [node.namespace.split(".")[0] for node in pipeline.nodes if node.namespace]
+    turns = [name for name, _ in groupby(spaces)]
+    assert turns == [study for study in studies() if study in spaces]
 
 
 @pytest.mark.parametrize(

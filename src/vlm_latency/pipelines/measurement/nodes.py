@@ -33,14 +33,9 @@ Made = tuple[list[Row], dict[str, Any] | None]  # runs, and what there is to say
 
 
 def describe_environment(
-    options: ExperimentOptions, model: ModelHandle, questions: QuestionSource, after: Any = None
+    options: ExperimentOptions, model: ModelHandle, questions: QuestionSource
 ) -> dict[str, Any]:
     """Record on what, and under which conditions, the experiment is measured.
-
-    Parameters
-    ----------
-    after
-        The result of the experiment before; that it is there is all that matters.
 
     Returns
     -------

@@ -5,21 +5,13 @@ from kedro.pipeline import Pipeline, node
 from vlm_latency.pipelines.measurement import nodes
 
 
-def create_pipeline(takes_turns: bool = False) -> Pipeline:
-    """Measure the requests on the model.
-
-    Parameters
-    ----------
-    takes_turns
-        Whether there is an input ``after`` that must be on disk before anything is measured:
-        the result of the experiment before.
-    """
-    turn = {"after": "after"} if takes_turns else {}
+def create_pipeline() -> Pipeline:
+    """Measure the requests on the model."""
     return Pipeline(
         [
             node(
                 nodes.describe_environment,
-                inputs={"options": "options", "model": "model", "questions": "questions", **turn},
+                inputs=["options", "model", "questions"],
                 outputs="environment_now",
                 name="describe_environment",
                 tags="measures",
