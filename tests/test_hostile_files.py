@@ -246,18 +246,21 @@ TEMPLATE = """{% for message in messages %}USER: {% for part in message['content
 {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 
 
-@cache
-def tiny_llava() -> Any:
-    return load_model("tiny-llava", device="cpu")
+tiny = cache(lambda name: load_model(name, device="cpu"))
 
 
-def checkpoint(*names: str) -> Callable[[Path], tuple[list[str], Callable[[], Any]]]:
+def checkpoint(
+    *names: str, model: str = "tiny-llava"
+) -> Callable[[Path], tuple[list[str], Callable[[], Any]]]:
     def make(folder: Path) -> tuple[list[str], Callable[[], Any]]:
-        vlm = tiny_llava()
-        vlm.model.save_pretrained(folder)
-        vlm.preparer.processor.save_pretrained(folder)
-
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        processor = tiny(model).preparer.processor
+        tiny(model).model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if "preprocessor_config.json" in names:  # where older checkpoints have it
+            processor.image_processor.save_pretrained(folder)
+            (folder / "processor_config.json").unlink()
+        if model == "tiny-llava":
+            (folder / "chat_template.jinja").write_text(TEMPLATE)
 
         def read() -> None:
             with warnings.catch_warnings():  # advice of transformers on what it reads
@@ -271,9 +274,14 @@ def checkpoint(*names: str) -> Callable[[Path], tuple[list[str], Callable[[], An
 
 
 # Loading takes a second: these are tried less often, and with --slow only.
+SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json")
 CHECKPOINTS = {
     "generation": checkpoint("generation_config.json"),
     "template": checkpoint("chat_template.jinja"),
+    "llava": checkpoint(*SETTINGS),
+    "molmo": checkpoint(*SETTINGS, model="tiny-molmo"),
+    "images": checkpoint("preprocessor_config.json"),
+    "loaded weights": checkpoint("model.safetensors"),
 }
 READERS = {
     "hub": hub,

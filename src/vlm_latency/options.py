@@ -92,7 +92,7 @@ class ModelOptions(Group):
         default="eager",
         description="how generate() is run: what is static, compiled or replayed as a CUDA graph",
     )
-    max_crops: Annotated[int, Field(ge=1)] | None = Field(
+    max_crops: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         default=None, description="most tiles of an image; null: the model's own limit"
     )
     seed: int = Field(default=0, description="of random weights")

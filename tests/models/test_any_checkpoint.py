@@ -85,6 +85,12 @@ def _gone(folder):
     (folder / "model.safetensors").unlink()
 
 
+def _processor(folder, settings):
+    """Another image processor; none makes the processor a tokenizer only."""
+    images = {"image_processor": {"image_processor_type": "CLIPImageProcessor", **settings}}
+    (folder / "processor_config.json").write_text(json.dumps(images if settings else {"a": 1}))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -103,6 +109,9 @@ def _gone(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "no usable configuration"),
         (lambda folder: (folder / "config.json").write_text("[1]"), "no usable configuration"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "processor of .* not load"),
+        (lambda folder: _processor(folder, {}), "processor of .* not load"),
+        (lambda folder: _processor(folder, {"max_crops": 2**70}), "max_crops=.*at most 1,000"),
+        (lambda folder: _processor(folder, {"size": {"shortest_edge": 10**9}}), "edge=.*at most"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_by_folder_and_file(change, told, checkpoint):

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vlm_latency.errors import DataError, ModelError
+from vlm_latency.models.sizes import check_sizes
 from vlm_latency.models.zoo import Family
 from vlm_latency.molmo.tiling import Tiles
 
@@ -311,15 +312,14 @@ def pretrained_preparer(
             cls = _without_video(_from_transformers(known, config.model_type))
             backend = {} if is_torchvision_available() else {"backend": "pil"}
             processor = cls.from_pretrained(path, **backend, **where)
-        return wrap_processor(processor, config, family)
-    except ModelError:
-        raise
+        check_sizes(processor.image_processor.to_dict())  # a tokenizer alone has none
     except Exception as error:  # a file of any content, read by any family's code
         raise ModelError(
             f"the processor of {path} does not load; expected the files of its tokenizer "
             "(tokenizer.json) and image processor (preprocessor_config.json) beside config.json: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from None
+    return wrap_processor(processor, config, family)
 
 
 def wrap_processor(

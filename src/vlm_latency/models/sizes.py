@@ -13,10 +13,11 @@ from vlm_latency.errors import ModelError
 _LIMITS = tuple(
     (re.compile(name), most)
     for name, most in (
-        (r"(layers?|depths?|blocks)$", 1_000),
-        (r"(experts|image_size|num_crops|max_crops)$", 16_384),
-        (r"(vocab_size|positions?|embeddings|length|pixels|theta|id|ids|tokens?)$", 2**31),
-        (r"(size|dim|width|channels|heads|groups|d_model|d_ff)$", 2**20),
+        (r"(layers?|depths?|blocks|num_crops|max_crops|max_patches)$", 1_000),
+        (r"(experts|image_size|height|width)$", 16_384),
+        (r"(shortest_edge|min_pixels)$", 2**17),  # to which a small image is enlarged
+        (r"(vocab_size|positions?|embeddings|length|pixels|edge|theta|id|ids|tokens?)$", 2**31),
+        (r"(size|dim|channels|heads|groups|d_model|d_ff)$", 2**20),
         (r"", 2**53),
     )
 )
@@ -25,7 +26,7 @@ _MAX_DEPTH = 20  # of dicts within dicts
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration with a size beyond any model's.
+    """Refuse a configuration, of a model or of its image processor, with a size beyond any model's.
 
     Raises
     ------

@@ -61,10 +61,7 @@ def canvas_size(
 @lru_cache
 def _candidates(max_crops: int) -> np.ndarray:
     grids = [
-        (rows, cols)
-        for rows in range(1, max_crops + 1)
-        for cols in range(1, max_crops + 1)
-        if rows * cols <= max_crops
+        (rows, cols) for rows in range(1, max_crops + 1) for cols in range(1, max_crops // rows + 1)
     ]
     return np.array(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])), np.int32)
 
