@@ -267,7 +267,7 @@ class TestLanguageSweep:
         )
         shown = words(figure).replace("\n", " ")
         slope = interval(four.statistics["fits"]["T_LLM_decode"].slope, "ms")
-        assert f"line with its band: {slope} per token" in shown
+        assert f"line: {slope} per token" in shown
         first = interval(four.statistics["prefill"], "ms")
         assert f"time to first token: {first}" in shown
         for row in four.statistics["lengths"]:
@@ -518,7 +518,7 @@ class TestSeveralResults:
         axes = panel(figure, "Total against")
         assert points(axes) == 2 * len(three.records)
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert texts[0] == f"eager (n = 75): {interval(fit.slope, '', 1000)} µs per token"
+        assert texts[0] == f"eager (n = 75): {interval(fit.slope, 'µs', 1000)} per token"
         assert texts[1] == "compiled (n = 75)"
 
     def test_a_floor_is_drawn_as_one(self, made, context):

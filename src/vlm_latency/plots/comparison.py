@@ -96,7 +96,7 @@ def ratios(
         plot.axvspan(1 - margin, 1 + margin, color="black", alpha=0.1, lw=0, label="margin")
         plot.axvline(1, color="black", linewidth=0.8)
         if max(shown) / min(shown) > 5:
-            plot.set_xscale("log", base=2)
+            plot.set_xscale("log", base=2 if max(shown) / min(shown) < 100 else 10)
             plot.xaxis.set_major_formatter(plainly)
         plot.set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
         plot.set_ylim(len(names) - 0.3, -0.7)

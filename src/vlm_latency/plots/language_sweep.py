@@ -98,7 +98,7 @@ def _line(
         return nothing(axes)
     axes.scatter(x[known], y[known], color=COLOURS[name], **point_style(int(known.sum())))
     fit = fits.get(name)
-    label = f"line with its band: {interval(fit.slope, 'ms')} per token" if fit else ""
+    label = f"line: {interval(fit.slope, 'ms')} per token" if fit else ""
     draw_fit(axes, fit, COLOURS[name], label)
     if baseline is not None:
         value, low, high = ends(baseline)
@@ -143,6 +143,7 @@ def _stack(axes: Axes, lengths: list[Mapping[str, Any]]) -> None:
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="output tokens (on top: share of decode)", ylabel="mean latency (ms)")
     axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     return legend(axes, reverse=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,10 +48,11 @@ def claimed_and_measured(
         figure, axes = panels(
             style,
             context,
-            context.finding,
+            context.title,
             [names[:2], names[2:4], *([["accuracy", "accuracy"]] if judged else [])],
             panel=(5.2, 3.3),
-            reading="Above the dashed line a method wins more than its FLOPs promise.",
+            reading="Above the dashed line a method wins more than its FLOPs promise; those of one claim "
+            "stand side by side, the first of them at it.",
         )
         for name in components:
             if name in axes:
@@ -74,14 +76,16 @@ def claimed_and_measured(
 def _speed_ups(
     axes: Axes, entries: Sequence[dict[str, Any]], component: str, look: dict[str, Any]
 ) -> None:
-    drawn = [1.0]
+    drawn, beside = [1.0], Counter[float]()
+    step = 0.015 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
     for entry in entries:
         claimed, found = entry["claimed"]["speed_up"], entry["measured"].get(component)
         if claimed is None or found is None or not ends(found["speed_up"])[0] > 0:
             continue
         colour, marker = look[entry["method"]]
+        place = round(claimed, 3)  # of one claim side by side, to its left
         axes.errorbar(
-            claimed,
+            claimed - step * beside[place],
             ends(found["speed_up"])[0],
             yerr=whiskers(found["speed_up"]),
             fmt=marker,
@@ -89,6 +93,7 @@ def _speed_ups(
             markersize=5,
             capsize=2,
         )
+        beside[place] += 1
         drawn.append(claimed)
     if len(drawn) == 1:
         nothing(axes)

@@ -106,10 +106,12 @@ def overlaid(
         )  # fmt: skip
         for panel in axes.values():
             headline(panel, f"{_sentence(LABELS[name])} against {counted}")
+            lowest = 0.0
             for i, (label, (records, fit)) in enumerate(results.items()):
                 rows = ok_rows(records)
                 x, y = column(rows, axis), column(rows, name)
                 known = np.isfinite(x) & np.isfinite(y)
+                lowest = min([lowest, *y[known]])
                 colour, marker = SERIES[i % len(SERIES)], "os^Dv<>P"[i % 8]
                 dots = point_style(int(known.sum()))
                 # What has no line is drawn over what has one: else it might not be seen at all.
@@ -123,7 +125,7 @@ def overlaid(
                 else:
                     draw_fit(panel, fit, colour, "_fit")
             panel.set(xlabel=counted, ylabel="latency (ms)")
-            panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
+            panel.set_ylim(bottom=lowest)
             legend(panel)
     return figure
 
@@ -138,7 +140,7 @@ def _cost(fit: BandedFit | FloorAndLine | None, counted: str) -> str:
         return ""
     unit = "patch" if counted.endswith("patches") else "token"
     small = abs(ends(fit.slope)[0]) < 1
-    shown = interval(fit.slope, "", 1000) + " µs" if small else interval(fit.slope, "") + " ms"
+    shown = interval(fit.slope, "µs", 1000) if small else interval(fit.slope, "ms")
     cost = f": {shown} per {unit}"
     free = getattr(fit, "free", None)
     return cost + (f"\nbeyond {interval(free)}, none before" if free else "")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import entries, results
-from vlm_latency.plots.notation import LABELS, interval
+from vlm_latency.plots.notation import LABELS, interval, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vlm_latency.models import ModelHandle
     from vlm_latency.statistics import Claim
+
+VERDICTS = {
+    "supported": "the LLM is the bottleneck",
+    "contradicted": "the LLM is not the bottleneck",
+    "undecided": "whether the LLM is the bottleneck is undecided",
+}
 
 
 def report(
@@ -64,7 +71,10 @@ def report(
     }
     claim = st.llm_bottleneck_claim(_share(parameters), llm)
     finding = _finding(found, claim)
-    context = results.context(options, environment, coverage, finding)
+    context = results.context(options, environment, coverage, _title(found))
+    if (disturbed := found["disturbed"]) and disturbed.moved:
+        context = replace(context, marks=(*context.marks, str(disturbed)))
+    judged = replace(context, finding=f"{context.finding}; {VERDICTS[claim.verdict]}")
     style = Style.of(options.figures)
     averaged = entries.averaged(records, requests).drop(columns=["image_id", "question_id"])
     numbers = averaged.select_dtypes("number").mean()
@@ -86,8 +96,26 @@ def report(
         tables,
         parameters_pie(parameters, context, style),
         latency_pie(found, context, style),
-        latency_components(rows, found, context, style),
+        latency_components(rows, found, judged, style),
     )
+
+
+def _most(found: dict[str, Any]) -> str | None:
+    """Name the component that has the largest share of the time."""
+    known = {name: share for name, share in found["shares"].items() if share.value is not None}
+    return max(known, key=lambda name: known[name].value, default=None)
+
+
+def _title(found: dict[str, Any]) -> str:
+    """Say in one line or two, the width of a pie, where most of the time goes."""
+    total = f"{number(found['means']['T_total'].value)} ms"
+    if (most := _most(found)) is None:
+        return f"{total} per request"
+    return f"{interval(found['shares'][most], '%', 100)} of {total} in {_place(most)}"
+
+
+def _place(component: str) -> str:
+    return "no component" if component == "T_other" else f"the {LABELS[component]}"
 
 
 def _finding(found: dict[str, Any], claim: Claim) -> str:
@@ -96,13 +124,11 @@ def _finding(found: dict[str, Any], claim: Claim) -> str:
 
     means, shares, disturbed = found["means"], found["shares"], found["disturbed"]
     said = f"{interval(means['T_total'], 'ms')} per request"
-    parts = {name: share for name, share in shares.items() if share.value is not None}
-    llm, most = found["llm_share"], max(parts, key=lambda name: parts[name].value, default=None)
+    llm, most = found["llm_share"], _most(found)
     if claim.verdict == "supported":
         said += f", {interval(llm, '%', 100)} of it in the LLM: the bottleneck"
     elif most:
-        where = "neither component" if most == "T_other" else f"the {LABELS[most]}"
-        said += f", {interval(parts[most], '%', 100)} of it in {where}"
+        said += f", {interval(shares[most], '%', 100)} of it in {_place(most)}"
         if claim.verdict == "contradicted":
             lacking = "latency" if llm is not None and llm.below(BOTTLENECK_SHARE) else "parameters"
             said += f"; the LLM holds less than half of the {lacking}: not the bottleneck"

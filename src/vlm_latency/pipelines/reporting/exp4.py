@@ -141,9 +141,7 @@ def _finding(found: dict[str, Any], claim: Claim) -> str:
         slope = line.headline.slope
         said.append(f"each output token takes {interval(slope, 'ms')}{results.typical(line)}")
         if not slope.above(0):
-            said = [
-                f"what an output token takes cannot be told from zero ({interval(slope, 'ms')})"
-            ]
+            said = [f"what an output token takes cannot be told from zero: {interval(slope, 'ms')}"]
     growth = found["step_growth"]
     if claim.verdict == "undecided":
         said.append("whether steps get slower cannot be said from these runs")
