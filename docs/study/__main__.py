@@ -29,7 +29,7 @@ def texts() -> dict[Path, str]:
     readme = ROOT / "README.md"
     return {
         readme: page.filled(readme.read_text(encoding="utf-8"), page.readme_block(runs)),
-        ROOT / "docs" / "study.md": page.study_page(runs, ROOT / "conf" / "base"),
+        ROOT / "docs" / "study.md": page.study_page(runs, ROOT / "conf"),
         STUDY / "README.md": page.data_card(runs),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from gather import slim
+from gather import slim, write
 
 from vlm_latency.experiments import EXPERIMENTS, studies
 from vlm_latency.options import ExperimentOptions
@@ -59,10 +59,10 @@ def refresh(study: Path) -> None:
         paths = {name: path for name in studies() if (path := result_path(folder, name)).is_file()}
         for name in OF_RUNS.keys() & paths.keys():
             old = read_json(paths[name])
-            _write(paths[name], {**old, **reported(old, name, tables[name])})
+            write(paths[name], {**old, **reported(old, name, tables[name])})
         if {"exp3", "exp4", "exp5"} <= paths.keys():
             old, vision, language = (read_json(paths[name]) for name in ("exp5", "exp3", "exp4"))
-            _write(paths["exp5"], {**old, **related(old, vision, language)})
+            write(paths["exp5"], {**old, **related(old, vision, language)})
 
 
 def _options(result: dict[str, Any], name: str) -> ExperimentOptions[Any]:
@@ -78,6 +78,3 @@ def _published(found: tuple[Any, ...], name: str) -> dict[str, Any]:
     data: dict[str, Any] = slim(json.loads(json.dumps(plain(found[0]))), name)
     return {key: value for key, value in data.items() if key not in OF_MEASURING}
 
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

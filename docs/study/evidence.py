@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from gather import published
+from omegaconf import OmegaConf
 
 from vlm_latency.experiments import studies
-from vlm_latency.page.build import flat, repeating
+from vlm_latency.options import Options
+from vlm_latency.page.build import flat
 from vlm_latency.results import read_json, read_run, result_path
 from vlm_latency.statistics import Estimate, mean_estimate, percentile
 
@@ -61,8 +62,13 @@ class StudyRun:
 
     @property
     def again(self) -> bool:
-        """Whether it repeats another one."""
-        return "-repeat" in self.name
+        """Whether it repeats another one, perhaps at the sizes of the seed study."""
+        return "-repeat" in self.name or self.large
+
+    @property
+    def large(self) -> bool:
+        """Whether it has the sizes of the seed study: 5,000 questions instead of 300."""
+        return "-paper" in self.name
 
     @property
     def kind(self) -> tuple[str, str, bool]:
@@ -90,7 +96,7 @@ def load(study: Path) -> list[StudyRun]:
         run = StudyRun(folder.name, read_run(folder).tables, results, "")
         label = f"{(run.model['hub_id'] or run.model['name']).rpartition('/')[2]}, "
         label += run.model["engine"]
-        label += ", protocol=seed" if run.seed else ", again" if run.again else ""
+        label += ", protocol=seed" if run.seed else ", seed's sizes" if run.large else ", again" if run.again else ""
         found.append(replace(run, label=label))
     labels = [run.label for run in found]
     return [
@@ -99,9 +105,9 @@ def load(study: Path) -> list[StudyRun]:
     ]
 
 
-def leading(runs: list[StudyRun]) -> list[StudyRun]:
-    """Leave out repeated runs and those by the seed's method."""
-    return [run for run in runs if not (run.seed or run.again)]
+def leading(runs: list[StudyRun], large: bool = False) -> list[StudyRun]:
+    """Leave out repeated runs, but for `large` ones where wanted, and those by the seed's method."""
+    return [run for run in runs if not (run.seed or run.again and not (large and run.large))]
 
 
 def photos(run: StudyRun) -> pd.DataFrame:
@@ -185,19 +191,53 @@ def wall_seconds(run: StudyRun) -> float:
     return sum(session["wall_s"] for session in sessions) + sum(proofs)
 
 
-def command(run: StudyRun, base: Path) -> list[str]:
-    """Give the command that measures it again, without what ``conf/base`` says already."""
-    pipelines = [name for name in run.results if name != "calibration"]
-    pipelines += ["calibration"] * ("calibration" in run.results)
-    files = [yaml.safe_load(path.read_text()) for path in base.glob("parameters*.yml")]
-    known = {f"{path}={value}" for file in files for path, value in flat(file or {}).items()}
-    said: dict[str, None] = {f"output_dir=results/{run.name}": None}
-    left: dict[str, None] = {}
-    for name in pipelines:
-        given, comma = repeating(name, run.results[name].get("options") or {})
-        said |= dict.fromkeys(given)
-        left |= dict.fromkeys(comma)
-    known |= {text for text in said if text.partition(".")[2] in {*said, *known}}
-    given = ",".join(text for text in said if text not in known)
-    lines = [f"kedro run --pipelines {','.join(pipelines)} --params '{given}'"]
-    return lines + [f"# and in conf/local/parameters.yml: {item}" for item in left]
+def commands(run: StudyRun, conf: Path) -> str:
+    """Give what measures it again, in the environment of ``conf`` that leaves the least to say."""
+    return min((_commands(run, conf, name) for name in ("base", "study", "paper")), key=len)
+
+
+def _commands(run: StudyRun, conf: Path, environment: str) -> str:
+    files = [path for name in ("base", environment) for path in (conf / name).glob("parameters*.yml")]
+    written = OmegaConf.merge(*map(OmegaConf.load, files))
+    first = {"model.name": run.model["name"]} | ({"protocol": "seed"} if run.seed else {})
+    if written.dataset.source is None:
+        first["dataset.source"] = "synthetic"
+    groups: list[tuple[list[str], dict[str, Any]]] = []
+    for name in sorted(run.results, key=lambda name: name == "calibration"):
+        for names, said in groups:
+            both = said | _unlike(run, name, written, said)
+            if not any(_unlike(run, one, written, both) for one in [*names, name]):
+                names.append(name)
+                said.update(both)
+                break
+        else:
+            groups.append(([name], first | _unlike(run, name, written, first)))
+    named = "" if environment == "base" else f"--env {environment} "
+    return "\n".join(
+        f"kedro run {named}--pipelines {','.join(names)} "
+        f"--params '{','.join(_texts({'output_dir': f'results/{run.name}'} | said))}'"
+        for names, said in groups
+    )
+
+
+def _unlike(run: StudyRun, name: str, written: Any, said: dict[str, Any]) -> dict[str, Any]:
+    """List the parameters that a command which says so much would give one result otherwise."""
+    tree = OmegaConf.merge(written, OmegaConf.from_dotlist(_texts(said)))
+    configured = Options.from_parameters(OmegaConf.to_container(tree))
+    settled = flat(configured.experiment(name, run.model["weights"]).model_dump(mode="json"))
+    settled |= flat(configured.model_dump(mode="json", include={name}))
+    found = {}
+    for path, value in flat(run.results[name]["options"]).items():
+        if path != "output_dir" and path in settled and value != settled[path]:
+            path = path.removeprefix("own.")
+            apart = path.partition(".")[0] in type(getattr(configured, name)).model_fields
+            found[f"{name}.{path}" if apart else path] = value
+    return found
+
+
+def _texts(said: dict[str, Any]) -> list[str]:
+    """Write parameters as Kedro's command line takes them, lists with blanks."""
+    return [
+        f"{key}={' '.join(map(str, value)) if isinstance(value, list) else 'null' if value is None else value}"
+        for key, value in said.items()
+    ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from vlm_latency.experiments import measured, studies
 from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, typed
@@ -17,9 +17,10 @@ from vlm_latency.results import POOLED, read_json, result_path
 LIMIT = 10_000_000  # bytes, of the whole published folder
 # Figures of one run that the page shows.
 FIGURES = {"explain": ("explain.png",), "exp6": ("exp6_token_reduction.png",)}
+COLOURS = 128  # of a published figure: a third of the bytes
 # An entry of these is a question; its runs are in the table.
 OF_QUESTIONS = ("exp1", "exp2")
-NAMED = ("request_id", "num_runs", "T_total", "T_first_token")
+NAMED = ("request_id", "T_total")
 # What only the figures of one run, or its host, need.
 LEFT_OUT = ("band", "process", "warmup", "runs_ms", "answers", "generated_text", "image_cache")
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+([\w.+-]+)")
@@ -47,10 +48,10 @@ def gather(folder: Path, study: Path) -> None:
                 continue
             target = result_path(study / run.name, name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(slim(read_json(path), name), indent=1, ensure_ascii=False)
-            target.write_text(text + "\n", encoding="utf-8")
+            write(target, slim(read_json(path), name))
             for figure in FIGURES.get(name, ()):
-                shutil.copyfile(run / name / "figures" / figure, target.parent / figure)
+                drawn = Image.open(run / name / "figures" / figure).convert("RGB")
+                drawn.quantize(COLOURS).save(target.parent / figure, optimize=True)
             if name in measured():
                 records = pd.read_parquet(run / name / f"{name}_records.parquet")
                 tables.append(records.assign(study_run=run.name))
@@ -76,6 +77,18 @@ def gather(folder: Path, study: Path) -> None:
     size = sum(path.stat().st_size for path in study.rglob("*") if path.is_file())
     if size > LIMIT:
         raise SystemExit(f"{study} holds {size:,} bytes; expected at most {LIMIT:,}")
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a published result, each of its entries and of its parts on one line."""
+    parts = [f"{json.dumps(key)}: {_line(value)}" for key, value in result.items()]
+    path.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ",\n".join(json.dumps(one, ensure_ascii=False) for one in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _complete(runs: list[Path]) -> None:

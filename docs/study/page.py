@@ -345,13 +345,13 @@ def repeated(runs: list[StudyRun]) -> str:
         if first is None:
             continue
         if first.environment["code"]["sha256"] != again.environment["code"]["sha256"]:
-            changed.append(f"{first.label}: this project's code changed between the two runs.")
+            changed.append(f"{again.label}: this project's code changed since the first run.")
         for title, one, two, unit, scale in _headlines(first, again):
             if one and two:
                 overlap = not (_surely_above(one, two) or _surely_above(two, one))
                 rows.append(
                     [
-                        first.label,
+                        again.label,
                         title,
                         interval(one, unit, scale),
                         interval(two, unit, scale),
@@ -388,7 +388,7 @@ def limits(runs: list[StudyRun]) -> list[str]:
         if lacking:
             absent.append(f"{', '.join(lacking)} {_were(lacking)} not run on {run.label}")
     tests: dict[str, Callable[[StudyRun], bool]] = {
-        "the same command was not run twice": lambda run: run.again,
+        "the same command was not run twice": lambda run: run.again and not run.large,
         "protocol=seed was not run": lambda run: run.seed,
     }
     absent += [text for text, test in tests.items() if not any(map(test, runs))]
@@ -434,9 +434,9 @@ def readme_block(runs: list[StudyRun]) -> str:
     return f"![Models and engines side by side](docs/study/{FIRST})\n\n{headline_table(first)}\n\n{caption(first)}"
 
 
-def study_page(runs: list[StudyRun], base: Path) -> str:
+def study_page(runs: list[StudyRun], conf: Path) -> str:
     first = ev.leading(runs)
-    commands = "\n".join(line for run in runs for line in ev.command(run, base))
+    commands = "\n".join(ev.commands(run, conf) for run in runs)
     drawn = {
         experiment: f"![{shown}](study/{file})"
         for file, experiment, shown in SIDE_BY_SIDE.values()
@@ -448,7 +448,7 @@ def study_page(runs: list[StudyRun], base: Path) -> str:
         "dense model as it is (routing in a mixture of experts depends on values). Wall time is that of measuring, "
         f"warm-up included, loading not.\n\n{measured(runs)}",
         "Where the time goes": f"![Models and engines side by side](study/{FIRST})\n\n{headline_table(first)}\n\n{caption(first)}",
-        "The seed study's claims": f"Each verdict is made by the rule in the run's JSON, from the number below it.\n\n{claims(first)}",
+        "The seed study's claims": f"Each verdict is made by the rule in the run's JSON, from the number below it.\n\n{claims(ev.leading(runs, large=True))}",
         "What a request is made of": drawn.get("exp2", ""),
         "What a vision token costs": drawn.get("exp3", ""),
         "What an output token costs": drawn.get("exp4", ""),
@@ -456,7 +456,7 @@ def study_page(runs: list[StudyRun], base: Path) -> str:
         "What bounds each part": bound_table(first),
         "What dropping vision tokens wins": reductions(first),
         "The seed's method beside this one": seeds(runs),
-        "The same command twice": repeated(runs),
+        "Measured again": repeated(runs),
         "How far the instrument can be trusted": calibrations(first),
         "Limits": "\n".join(f"* {text}." for text in limits(runs)),
         "The commands": f"```bash\n{commands}\n```\n\n`kedro run --pipeline compare --params "
@@ -490,7 +490,7 @@ def data_card(runs: list[StudyRun]) -> str:
   the folder, `experiment` the experiment, the others are [the record's columns](../columns.md). Nothing was edited or rounded.
 * `<run>/<experiment>/*.json`: statistics with their intervals, claims with their rules, options and conditions;
   exp1 to exp5 are reported from `runs.parquet`. Left out were absolute paths, the host's process, bands of figures, generated texts, and of the entries of exp1 and exp2
-  all but their times: they are means of the runs in the table.
+  all but T_total: they are means of the runs in the table.
 * `gather.py`, `again.py`, `evidence.py`, `page.py`: `python docs/study RUNS_FOLDER` publishes the folders below `RUNS_FOLDER` (each an
   `output_dir`) beside these, or in place of those of the same name; `python docs/study` writes the texts again. `kedro run --pipeline compare` and
   `vlm_latency.results.read_run` read `docs/study/<run>` as they read an `output_dir`.
