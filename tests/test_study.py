@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,44 @@ def test_the_remark_on_captures_holds() -> None:
     for name in ("exp2", "exp3"):
         slow = rows[(rows["experiment"] == name) & (rows["T_LLM_prefill"] > 40)]
         assert slow["T_LLM_prefill"].round().tolist() == [64]
+
+
+def test_the_remark_on_a_prefill_that_shrinks_holds() -> None:
+    """Device time of MolmoE's prefill falls, the encoder's rises beyond the host's, which stays."""
+    rows = OK[(OK["study_run"] == "molmoe-1b-eager") & (OK["experiment"] == "exp3")]
+    few, many = (rows[rows["num_vision_tokens"] == n].median(numeric_only=True) for n in (384, 1344))
+    assert many["T_LLM_prefill"] < 0.7 * few["T_LLM_prefill"]
+    assert many["T_vision_encoder"] > 2 * many["T_vision_encoder_host"]
+    assert many["T_LLM_prefill_host"] == pytest.approx(few["T_LLM_prefill_host"], rel=0.1)
+
+
+def test_the_remark_on_an_encoder_that_is_not_compiled_holds() -> None:
+    rows = OK[OK["experiment"] == "exp1"].groupby("study_run").median(numeric_only=True)
+    eager, loop = rows.loc["qwen2.5-vl-7b-eager"], rows.loc["qwen2.5-vl-7b-loop"]
+    assert loop["T_vision_encoder"] > eager["T_vision_encoder"]
+    assert loop["host_canary_ms"] > 1.3 * eager["host_canary_ms"]
+    said = result("qwen2.5-vl-7b-loop", "exp1")["coverage"]["sessions"][0]["engine"]["parts"]
+    assert "depends on its inputs' values" in said["the vision encoder"]["eager"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_commands_ask_for_what_was_measured(tool: Any, folder: str) -> None:
+    """Each as Kedro reads it: the environment's files, then the parameters of the line."""
+    from omegaconf import OmegaConf
+
+    run = next(run for run in tool.ev.load(STUDY) if run.name == folder)
+    found = []
+    for line in tool.ev.commands(run, ROOT / "conf").splitlines():
+        words = dict(zip(*[iter(shlex.split(line)[2:])] * 2, strict=True))
+        folders = [ROOT / "conf" / name for name in ("base", words.get("--env", "base"))]
+        files = [path for one in folders for path in one.glob("parameters*.yml")]
+        given = dict(text.split("=", 1) for text in words["--params"].split(","))
+        del given["output_dir"]
+        written = OmegaConf.merge(*map(OmegaConf.load, files))
+        for name in words["--pipelines"].split(","):
+            assert tool.ev.unlike(run, name, written, given) == {}, line
+            found.append(name)
+    assert sorted(found) == sorted(run.results)
 
 
 REDUCED = [folder for folder in FOLDERS if (STUDY / folder / "exp6").is_dir()]

@@ -205,13 +205,13 @@ def _commands(run: StudyRun, conf: Path, environment: str) -> str:
     groups: list[tuple[list[str], dict[str, Any]]] = []
     for name in sorted(run.results, key=lambda name: name == "calibration"):
         for names, said in groups:
-            both = said | _unlike(run, name, written, said)
-            if not any(_unlike(run, one, written, both) for one in [*names, name]):
+            both = said | unlike(run, name, written, said)
+            if not any(unlike(run, one, written, both) for one in [*names, name]):
                 names.append(name)
                 said.update(both)
                 break
         else:
-            groups.append(([name], first | _unlike(run, name, written, first)))
+            groups.append(([name], first | unlike(run, name, written, first)))
     named = "" if environment == "base" else f"--env {environment} "
     return "\n".join(
         f"kedro run {named}--pipelines {','.join(names)} "
@@ -220,7 +220,7 @@ def _commands(run: StudyRun, conf: Path, environment: str) -> str:
     )
 
 
-def _unlike(run: StudyRun, name: str, written: Any, said: dict[str, Any]) -> dict[str, Any]:
+def unlike(run: StudyRun, name: str, written: Any, said: dict[str, Any]) -> dict[str, Any]:
     """List the parameters that a command which says so much would give one result otherwise."""
     tree = OmegaConf.merge(written, OmegaConf.from_dotlist(_texts(said)))
     configured = Options.from_parameters(OmegaConf.to_container(tree))

@@ -26,6 +26,11 @@ SIDE_BY_SIDE = {
 REMARKS = {
     "molmo-7b-d-loop": "one prefill of exp2 and one of exp3 (64 ms) hold the capture of a CUDA graph, which today's "
     "warm-up makes before",
+    "molmoe-1b-eager": "its prefill gets shorter with more vision tokens since launches bound it: the host is done with "
+    "the encoder before the device is, and the more so the more crops there are, so that the prefill's launches are "
+    "partly hidden behind it; the host spends as long on the prefill of 12 crops as on that of one",
+    "qwen2.5-vl-7b-loop": "its vision encoder computes what depends on its inputs' values, is not compiled and is bound "
+    "by launches: it took longer than in the eager run, on a slower host",
 }
 SHARED = "runs beside 16 of 32 cores were made two at a time, each on a GPU and on half of the cores of one host"
 FEW = 4  # numbers of a claim that its cell shows
