@@ -167,12 +167,10 @@ def _entry_table(result: dict[str, Any], experiment: str) -> pd.DataFrame:
         "query_id": "question_id",
     }
     table = table.rename(columns={old: new for old, new in names.items() if new not in table})
-    for name in table:
-        counted = str(name).startswith(("T_", "num_", "flops_"))
-        if counted:
-            values = [_number(value, str(name), experiment) for value in table[name]]
-            if not pd.api.types.is_numeric_dtype(table[name]):
-                table[name] = values
+    for name in filter(_counted, table):
+        values = [_number(value, str(name), experiment) for value in table[name]]
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            table[name] = values
     if "request_id" not in table:
         table["request_id"] = _request_ids(table, experiment)
     if {"num_crops", "num_vision_tokens"} <= set(table):
@@ -232,16 +230,25 @@ def _records(folder: Path, name: str) -> pd.DataFrame | None:
             raise DataError(f"{path} has no column {', '.join(missing)}; 'kedro run' writes it")
         kinds = {**MEASURED_COLUMNS, **COST_COLUMNS}.items()
         runs.astype({column: kind for column, kind in kinds if column in runs and kind != "object"})
+        for column in filter(_counted, runs):
+            for extreme in (runs[column].min(), runs[column].max()):
+                _number(None if pd.isna(extreme) else extreme, column, name)
         return runs.drop(columns="study_run", errors="ignore")
 
 
+def _counted(name: Any) -> bool:
+    return str(name).startswith(("T_", "num_", "flops_"))
+
+
 def _number(value: Any, name: str, experiment: str) -> float:
+    least = -_LARGEST if name.startswith("T_") and name != "T_total" else 0  # T_other is a rest
     with suppress(TypeError, ValueError, OverflowError):
         number = math.nan if value is None else float(value)
-        if math.isnan(number) or abs(number) <= _LARGEST:
+        if math.isnan(number) or least <= number <= _LARGEST:
             return number
     raise DataError(
-        f"the result of {experiment} has an entry with {name} {repr(value)[:50]}; expected a number"
+        f"the result of {experiment} has an entry with {name} {str(value)[:50]!r}; expected a number"
+        + (" of 0 or more" if least == 0 else "")
     )
 
 

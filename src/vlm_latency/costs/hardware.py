@@ -24,6 +24,9 @@ BOARDS = frozenset(
 )
 
 
+_LARGEST = 1e30  # of a rate: none comes near
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Peaks of one device.
@@ -78,16 +81,32 @@ class Hardware:
         ...     {"flops_per_s": 5e10, "bytes_per_s": 1e10, "launch_overhead_us": 3}
         ... ).peak("float32")
         50000000000.0
+
+        Raises
+        ------
+        UserError
+            When one of them is no number above 0.
         """
+        names = ("flops_per_s", "bytes_per_s", "launch_overhead_us")
+        flops, moved, launch = (_positive(each, ceilings.get(each)) for each in names)
         return cls(
             name=name,
-            flops_per_s={"*": float(ceilings["flops_per_s"])},
-            bytes_per_s=float(ceilings["bytes_per_s"]),
-            launch_overhead_us=float(ceilings["launch_overhead_us"]),
+            flops_per_s={"*": flops},
+            bytes_per_s=moved,
+            launch_overhead_us=launch,
             memory_bytes=None,
             source="measured",
             measured=True,
         )
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, int | float) and 0 < value < _LARGEST:
+        return float(value)
+    raise UserError(
+        f"the ceilings of the machine have {name} {repr(value)[:50]}; expected a number above 0, as "
+        "'kedro run --pipeline calibration' measures it"
+    )
 
 
 @cache

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLUMNS = ("T_total", "T_first_token", *COMPONENTS)
 
 
+@blaming("what was measured", "as 'kedro run' writes it")
 def compare_runs(
     settings: Options,
     runs: Compared,

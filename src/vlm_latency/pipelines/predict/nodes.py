@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, blaming
 from vlm_latency.options import Options
 from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.records import COMPONENTS, SCHEMA_VERSION
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlm_latency.models import ModelHandle
 
 
+@blaming("the result of exp3 or exp4", "as 'kedro run' writes it")
 def predict(
     settings: Options,
     model: ModelHandle,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vlm_latency.errors import DataError
+from vlm_latency.errors import DataError, blaming
 from vlm_latency.options import ExperimentOptions
 from vlm_latency.pipelines.reporting import entries, results
 from vlm_latency.plots.notation import interval
@@ -30,6 +30,7 @@ REGIMES = {
 }
 
 
+@blaming("the result of exp3 or exp4", "as 'kedro run' writes it")
 def report(
     options: ExperimentOptions,
     vision: dict[str, Any],
@@ -155,7 +156,7 @@ def _environment(
         "model": {"name": "unknown model", "weights": None},
         "dataset": {},
     }
-    environment = known[0] if known else unknown
+    environment = {**unknown, **known[0]} if known else unknown
     conditions = [item.get("conditions", {}) for item in known]
     differing = []
     if len(known) == 2:
