@@ -232,7 +232,7 @@ def _records(folder: Path, name: str) -> pd.DataFrame | None:
         runs.astype({column: kind for column, kind in kinds if column in runs and kind != "object"})
         for column in filter(_counted, runs):
             for extreme in (runs[column].min(), runs[column].max()):
-                _number(None if pd.isna(extreme) else extreme, column, name)
+                _number(None if pd.isna(extreme) else extreme, str(column), name)
         return runs.drop(columns="study_run", errors="ignore")
 
 

@@ -232,8 +232,9 @@ def test_variants_are_measured_in_turn_and_compared(
     assert {tuple(sorted(turns[i : i + 3])) for i in range(0, 60, 3)} == {("also", "same", "slow")}
     result = json.loads((tmp_path / "out" / "compare" / "compare.json").read_text())
     assert (result["baseline"], result["runs"]) == ("same", ["also", "slow"])
-    assert result["verdicts"]["slow"] == "SLOWER" and result["verdicts"]["also"] != "SLOWER"
-    difference = result["differences"]["slow"]["T_total"]
+    assert result["verdicts"]["slow"] == "SLOWER"
+    difference, none = (result["differences"][name]["T_total"] for name in ("slow", "also"))
+    assert none["high"] < difference["low"]  # a verdict on the same twice is wrong now and then
     assert difference["low"] <= 35 and difference["high"] >= 25  # a sleep may last longer
     page = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "20 pairs of runs, made in turn" in page
