@@ -219,7 +219,8 @@ def _below_zero(axes: Axes, methods: Mapping[str, Any]) -> None:
             )  # fmt: skip
         axes.bar(0, 0, color=METHODS.get(method), label=method)
     axes.set_xticks(range(len(parts)), [LABELS.get(part, part) for part in parts])
-    axes.set_ylabel(f"share of requests (%), n = {_requests(next(iter(methods.values())))}")
+    axes.set_ylabel("requests (%)")
+    axes.set_xlabel(f"n = {_requests(next(iter(methods.values())))}")
     axes.grid(axis="x", visible=False)
     axes.set_ylim(bottom=0, top=max(10.0, axes.get_ylim()[1]))
     legend(axes)

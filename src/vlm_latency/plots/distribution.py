@@ -161,7 +161,7 @@ def _cdf(axes: Axes, rows: pd.DataFrame, statistics: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
         readable_log(axes.xaxis)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 0.95, 0.99], ["0", "25", "50", "75", "95", ""])
-    axes.set(xlabel="latency (ms)", ylabel="requests at or below (%)", ylim=(0, 1.04))
+    axes.set(xlabel="latency (ms)", ylabel="share of requests (%)", ylim=(0, 1.04))
     return legend(axes)
 
 

@@ -16,6 +16,7 @@ from vlm_latency.plots.style import (
     FigureContext,
     Style,
     headline,
+    legend,
     panels,
     small,
 )
@@ -84,7 +85,7 @@ def _time(axes: Axes, parts: Mapping[str, Mapping[str, Any]], work: str) -> None
     _rows(axes, names)
     axes.set_xlabel("ms")
     axes.set_xlim(0, 1.75 * max(about["busy"] + max(0, about["idle"]) for about in parts.values()))
-    axes.legend(loc="lower right")
+    legend(axes)
 
 
 def _idle(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
@@ -103,9 +104,8 @@ def _idle(axes: Axes, results: Sequence[Mapping[str, Any]]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.axvline(100 / 3, color=MUTED, linestyle="--", linewidth=0.8)
     _rows(axes, names)
-    axes.set_ylim(len(names) - 0.2 + 0.42 * len(results), -0.6)  # the legend stands below
     axes.set_xlabel("idle (%); from the dashed line on: launches")
-    axes.legend(loc="lower right")
+    legend(axes)
 
 
 def _ceilings(axes: Axes, parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -122,4 +122,4 @@ def _ceilings(axes: Axes, parts: Mapping[str, Mapping[str, Any]]) -> None:
     _rows(axes, names)
     axes.set_xlabel("% of the machine's ceiling")
     axes.set_xlim(0, 1.2 * max(1.0, axes.get_xlim()[1]))
-    axes.legend(loc="lower right")
+    legend(axes)

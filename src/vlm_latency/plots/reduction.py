@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 from vlm_latency.plots.notation import LABELS, ends
 from vlm_latency.plots.style import (
     FigureContext,
+    ReportFigure,
     Style,
     headline,
+    headroom,
+    legend,
     nothing,
     panels,
     whiskers,
@@ -52,7 +55,7 @@ def claimed_and_measured(
             [names[:2], names[2:4], *([["accuracy", "accuracy"]] if judged else [])],
             panel=(5.2, 3.3),
             reading="Above the dashed line a method wins more than its FLOPs promise; those of one claim "
-            "stand side by side, the first of them at it.",
+            "stand side by side, the first of them at it; whiskers, 95 % intervals, may leave the panel.",
         )
         for name in components:
             if name in axes:
@@ -76,8 +79,8 @@ def claimed_and_measured(
 def _speed_ups(
     axes: Axes, entries: Sequence[dict[str, Any]], component: str, look: dict[str, Any]
 ) -> None:
-    drawn, beside = [1.0], Counter[float]()
-    step = 0.015 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
+    drawn, seen, beside = [1.0], [1.0], Counter[float]()
+    step = 0.025 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
     for entry in entries:
         claimed, found = entry["claimed"]["speed_up"], entry["measured"].get(component)
         if claimed is None or found is None or not ends(found["speed_up"])[0] > 0:
@@ -95,12 +98,14 @@ def _speed_ups(
         )
         beside[place] += 1
         drawn.append(claimed)
+        seen.append(ends(found["speed_up"])[0])
     if len(drawn) == 1:
         nothing(axes)
         return
     top = max(drawn)
     axes.plot([1, top], [1, top], "k--", lw=0.8)
     axes.axhline(1, color="black", lw=0.8)
+    axes.set_ylim(0, 1.1 * max(top, *seen))
     axes.set_xlabel("claimed (prefill's FLOPs by FastV's formula)")
     axes.set_ylabel("measured")
 
@@ -113,4 +118,8 @@ def _legend(
     for name, (colour, marker) in look.items():
         last.plot([], [], marker, color=colour, label=name)
     last.plot([], [], "k--", lw=0.8, label="as claimed")
+    if isinstance(figure, ReportFigure) and figure.style.paper:
+        return legend(last)
+    headroom(last, (len(look) + 2) // 2)
     last.legend(loc="upper left", ncols=2)
+    return None

@@ -55,7 +55,7 @@ MUTED = "#767676"
 
 PAPER_WIDTHS = {1: 3.3, 2: 6.9}  # inches; one column of a two-column page, or both
 PANEL = (3.9, 3.1)  # inches, width and height of one panel
-PAPER_PANEL_HEIGHT = 1.9  # legends stand below the panels
+PAPER_PANEL_HEIGHT = 2.2  # legends stand below the panels
 LEGEND_BELOW = 0.36  # inches under the axes: past the ticks and the label
 
 
