@@ -16,6 +16,8 @@ import pytest
 from click.testing import CliRunner, Result
 from kedro.framework.startup import bootstrap_project
 
+from vlm_latency.locks import lock_folder
+
 PROJECT = Path(__file__).parents[1]
 NULL = "model.name=null-model"
 
@@ -311,6 +313,11 @@ def test_two_commands_never_write_one_journal(run: Callable[..., Result], tmp_pa
         told = message(run(*until))
         assert "another run is writing the journal" in told
         assert journal.read_bytes() == before
+    with lock_folder(tmp_path / "out" / "exp1"):
+        told = message(run(*until, params=f"{NULL},measurement.resume=false"))
+        assert f"exp1 is in use by process {os.getpid()} on " in told
+        assert (journal.read_bytes(), list(tmp_path.rglob("*.kept"))) == (before, [])
+    (journal.parent / "bb.jsonl").write_text("7\n")  # no journal at all: others' files are let be
     assert run(*until).exit_code == 0
 
 

@@ -380,3 +380,57 @@ def test_columns_of_other_types_in_records_are_refused(tmp_path: Path) -> None:
         whole.drop(columns=name).to_parquet(path)
         with pytest.raises(UserError, match=f"has no column {name}"):
             read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"models: {mine: {config: null}}",
+        b"models: {mine: null}",
+        b"models: [1]",
+        b"families: {llava: 3}",
+        b"caf\xe9: 1",
+        b"\xff\xfe",
+        b"models: {mine: {config: {model_type: llava}, image_settings: 3}}",
+    ],
+)
+def test_a_zoo_file_that_is_none_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "zoo.yml").write_bytes(content)
+    with pytest.raises(UserError, match=r"zoo file .*zoo\.yml"):
+        load_zoo(str(tmp_path / "zoo.yml"))
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        ("config.json", ("text_config", "num_attention_heads"), 0),
+        ("config.json", ("text_config", "hidden_size"), 0),
+        ("config.json", ("text_config", "num_hidden_layers"), "two"),
+        ("config.json", ("text_config", "rms_norm_eps"), "small"),
+        ("config.json", ("vision_config", "patch_size"), 0),
+        ("config.json", ("vision_config",), None),
+        ("config.json", ("model_type",), 7),
+        ("processor_config.json", ("image_processor", "size"), [0]),
+        ("tokenizer.json", ("model",), {}),
+    ],
+)
+def test_a_checkpoint_of_impossible_settings_is_refused(
+    file: str, path: tuple[str, ...], value: Any, tmp_path: Path
+) -> None:
+    _, read = checkpoint(file)(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    group = content
+    for name in path[:-1]:
+        group = group[name]
+    assert path[-1] in group
+    group[path[-1]] = value
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError):
+        read()
+
+
+def test_records_that_are_no_parquet_are_named(tmp_path: Path) -> None:
+    records(tmp_path)
+    (tmp_path / "exp3" / "exp3_records.parquet").write_bytes(b"request_id,T_total\n1,2\n")
+    with pytest.raises(UserError, match=r"exp3_records.parquet is not the table of records"):
+        read_run(tmp_path)

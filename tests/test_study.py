@@ -94,7 +94,9 @@ def test_the_remark_on_captures_holds() -> None:
 def test_the_remark_on_a_prefill_that_shrinks_holds() -> None:
     """Device time of MolmoE's prefill falls, the encoder's rises beyond the host's, which stays."""
     rows = OK[(OK["study_run"] == "molmoe-1b-eager") & (OK["experiment"] == "exp3")]
-    few, many = (rows[rows["num_vision_tokens"] == n].median(numeric_only=True) for n in (384, 1344))
+    few, many = (
+        rows[rows["num_vision_tokens"] == n].median(numeric_only=True) for n in (384, 1344)
+    )
     assert many["T_LLM_prefill"] < 0.7 * few["T_LLM_prefill"]
     assert many["T_vision_encoder"] > 2 * many["T_vision_encoder_host"]
     assert many["T_LLM_prefill_host"] == pytest.approx(few["T_LLM_prefill_host"], rel=0.1)
