@@ -60,7 +60,14 @@ def test_other_contents_of_the_same_size_and_time_are_seen(file: Path) -> None:
 def test_what_is_kept_of_another_path_or_damaged_is_not_believed(file: Path) -> None:
     assert in_another_process(file) == sha(b"a")
     (kept,) = (file.parent / "cache" / "contents").glob("*.json")
-    for wrong in ("{", "[]", "{}", kept.read_text().replace(sha(b"a"), "zz"), '{"state": 1}'):
+    for wrong in (
+        "{",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        kept.read_text().replace(sha(b"a"), "zz"),
+        '{"state": 1}',
+    ):
         kept.write_text(wrong)
         assert in_another_process(file) == sha(b"a")
 

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vlm_latency import load_model, measure
+from vlm_latency.contents import Memory
 from vlm_latency.datasets import GivenRequests
 from vlm_latency.errors import UserError
 from vlm_latency.journal import Journal, _lines, _table
@@ -328,6 +329,18 @@ def attack(folder: Path, make: Callable[[Path], Any], times: int, seed: int) -> 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_changed_file_is_read_right_or_refused(reader: str, tmp_path: Path) -> None:
     assert attack(tmp_path, READERS[reader], times=60, seed=0) == {"right", "refused"}
+
+
+def test_a_changed_cache_is_right_or_forgotten(tmp_path: Path) -> None:
+    path, kept = tmp_path / "a.json", {"facts": {"a": 1, "b": [2.5]}, "more": {}}
+    memory = Memory(path, tuple(kept))
+    memory["facts"].update(kept["facts"])
+    memory.save()
+    assert Memory(path, tuple(kept)).sections == kept
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        path.write_bytes(mutated(whole, draw))
+        assert Memory(path, tuple(kept)).sections in (kept, {"facts": {}, "more": {}})
 
 
 @pytest.mark.slow

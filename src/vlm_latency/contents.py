@@ -23,6 +23,7 @@ from typing import Any
 
 _SMALL = 2**20  # bytes; reading these again costs nothing
 _SETTLED_NS = 2 * 10**9  # a younger file may change once more without its times telling
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def cache_folder() -> Path | None:
@@ -49,7 +50,7 @@ def _hashed(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
     if folder is not None:
         name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
         kept = folder / "contents" / f"{name}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(*_DAMAGED):
             found = json.loads(kept.read_text(encoding="utf-8"))
             if found["state"] == state and len(bytes.fromhex(found["sha256"])) == 32:
                 return str(found["sha256"])
@@ -134,7 +135,7 @@ class Memory:
             whole = json.loads(self.path.read_text()) if self.path else {}
             if whole and _digest(whole["content"]) == whole["sha256"]:
                 found |= json.loads(whole["content"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except _DAMAGED:
             pass
         return found
 
