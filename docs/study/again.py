@@ -77,4 +77,3 @@ def _published(found: tuple[Any, ...], name: str) -> dict[str, Any]:
     plt.close("all")
     data: dict[str, Any] = slim(json.loads(json.dumps(plain(found[0]))), name)
     return {key: value for key, value in data.items() if key not in OF_MEASURING}
-

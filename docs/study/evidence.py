@@ -96,7 +96,15 @@ def load(study: Path) -> list[StudyRun]:
         run = StudyRun(folder.name, read_run(folder).tables, results, "")
         label = f"{(run.model['hub_id'] or run.model['name']).rpartition('/')[2]}, "
         label += run.model["engine"]
-        label += ", protocol=seed" if run.seed else ", seed's sizes" if run.large else ", again" if run.again else ""
+        label += (
+            ", protocol=seed"
+            if run.seed
+            else ", seed's sizes"
+            if run.large
+            else ", again"
+            if run.again
+            else ""
+        )
         found.append(replace(run, label=label))
     labels = [run.label for run in found]
     return [
@@ -107,7 +115,7 @@ def load(study: Path) -> list[StudyRun]:
 
 def leading(runs: list[StudyRun], large: bool = False) -> list[StudyRun]:
     """Leave out repeated runs, but for `large` ones where wanted, and those by the seed's method."""
-    return [run for run in runs if not (run.seed or run.again and not (large and run.large))]
+    return [run for run in runs if not (run.seed or (run.again and not (large and run.large)))]
 
 
 def photos(run: StudyRun) -> pd.DataFrame:
@@ -197,7 +205,9 @@ def commands(run: StudyRun, conf: Path) -> str:
 
 
 def _commands(run: StudyRun, conf: Path, environment: str) -> str:
-    files = [path for name in ("base", environment) for path in (conf / name).glob("parameters*.yml")]
+    files = [
+        path for name in ("base", environment) for path in (conf / name).glob("parameters*.yml")
+    ]
     written = OmegaConf.merge(*map(OmegaConf.load, files))
     first = {"model.name": run.model["name"]} | ({"protocol": "seed"} if run.seed else {})
     if written.dataset.source is None:
@@ -229,9 +239,9 @@ def unlike(run: StudyRun, name: str, written: Any, said: dict[str, Any]) -> dict
     found = {}
     for path, value in flat(run.results[name]["options"]).items():
         if path != "output_dir" and path in settled and value != settled[path]:
-            path = path.removeprefix("own.")
-            apart = path.partition(".")[0] in type(getattr(configured, name)).model_fields
-            found[f"{name}.{path}" if apart else path] = value
+            key = path.removeprefix("own.")
+            apart = key.partition(".")[0] in type(getattr(configured, name)).model_fields
+            found[f"{name}.{key}" if apart else key] = value
     return found
 
 

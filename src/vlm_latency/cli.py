@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import signal
 import warnings
@@ -28,6 +29,10 @@ KEDRO_REFUSALS = (
     "Given configuration path either does not exist",
     "module 'kedro.runner' has no attribute",
 )
+
+# New objects until the youngest are collected. What a command imports and reads stays, so that
+# looking for garbage among it is in vain; measuring collects by itself, between runs.
+SELDOM = 100_000
 
 LISTS = (
     " A comma ends a parameter: write a list as words, exp4.sampling.max_new_tokens_list='8 16 32', "
@@ -61,6 +66,7 @@ class Run(click.Command):
         # environment without a folder is an error of its own, in which --async ends too.
         for known in (".*'--(pipeline|async)' is deprecated", "Parameters not found"):
             warnings.filterwarnings("ignore", message=known)
+        gc.set_threshold(SELDOM)
         with _one_message(traceback):
             if names := ctx.params["pipelines"]:
                 ctx.params["pipelines"] = [_together(names)]  # one pipeline, in its own order

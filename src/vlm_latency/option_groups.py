@@ -193,7 +193,7 @@ class CalibrationOptions(Group):
         description="most seconds of the comparisons of the configuration with itself",
     )
     ceiling_seconds: Annotated[float, Field(gt=0)] = Field(
-        default=8.0, description="seconds for measuring the machine's ceilings"
+        default=4.0, description="seconds for measuring the machine's ceilings"
     )
 
 

@@ -49,7 +49,7 @@ COLOURS = {
     "T_total": "#333333",
 }
 # Several results in one panel, in Okabe and Ito's colours again.
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333", "#882255")
 ALARM = "#D55E00"
 MUTED = "#767676"
 

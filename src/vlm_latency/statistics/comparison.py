@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from vlm_latency.errors import DataError, UserError
 from vlm_latency.records import PATCHES_PER_CROP
 from vlm_latency.statistics.means import linearised, ratio_estimate
-from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs
+from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs, student
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,7 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, level: float = 
         note = f"an interval needs at least 2 pairs, found {n}"
         return Estimate(value, None, None, level, n, "none", note)
     error = float(adds.std(ddof=1)) / math.sqrt(n)
-    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) * error
+    half = student(level, n - 1) * error
     return Estimate(value, value - half, value + half, level, n, method)
 
 
@@ -327,7 +327,7 @@ def between_sessions(
         ]
         bound, source = drift, f"a drift of up to {drift:.0%} between sessions"
         if len(others) > 1:
-            t = float(scipy.stats.t.ppf((1 + own.ratio.level) / 2, len(others)))
+            t = student(own.ratio.level, len(others))
             spread = float(np.std([0.0, *others], ddof=1))
             bound = math.expm1(t * spread * math.sqrt(2))
             source = f"the spread of {len(others) + 1} sessions of the baseline (± {bound:.1%})"
@@ -445,7 +445,7 @@ def _log_ratio(
     if groups < 2:
         note = f"an interval needs at least 2 pairs, found {groups}"
         return Estimate(value, None, None, level, logs.size, "none", note)
-    half = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1)) * error
+    half = student(level, groups - 1) * error
     note = "" if error else "every pair has the same ratio"
     return Estimate(
         value, math.exp(mean - half), math.exp(mean + half), level, logs.size, method, note

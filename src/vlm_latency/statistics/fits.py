@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.errors import DataError
@@ -23,6 +22,7 @@ from vlm_latency.statistics.results import (
     as_codes,
     as_pairs,
     as_values,
+    student,
 )
 
 # A residual below this share of the largest y is rounding: the points lie on the fit.
@@ -364,7 +364,7 @@ class Solution:
             squares = (own**2).sum() - 2 * (own * drawn).sum() + (cross**2).sum()
             if squares > 0:
                 freedom = math.sqrt(freedom * max(1.0, float((own - drawn).sum() ** 2 / squares)))
-        return float(scipy.stats.t.ppf((1 + self.level) / 2, freedom))
+        return student(self.level, freedom)
 
 
 def _exp(x: float | None) -> float | None:

@@ -10,7 +10,7 @@ import scipy
 from numpy.typing import ArrayLike
 
 from vlm_latency.statistics.fits import EXACT
-from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs
+from vlm_latency.statistics.results import Estimate, Floats, Result, as_codes, as_pairs, student
 
 # A line has two parameters and a floor with a line three; two points more can tell them apart.
 POINTS = 5
@@ -162,7 +162,7 @@ def _slope(line: dict[str, Floats], points: int, level: float, n: int) -> Estima
     """Give the slope of the one line with its interval."""
     value = float(line["slope"][0])
     error = np.sqrt(line["rss"][0] / (points - 2) / line["slope_information"][0])
-    half = float(error * scipy.stats.t.ppf((1 + level) / 2, points - 2))
+    half = float(error * student(level, points - 2))
     method = f"least squares of relative errors on {points} points"
     return Estimate(value, value - half, value + half, level, n, method)
 
@@ -170,7 +170,7 @@ def _slope(line: dict[str, Floats], points: int, level: float, n: int) -> Estima
 def _slack(rss: Floats, points: int, level: float) -> Floats:
     """Return how far each bend's sum of squares is below what the best one's F allows."""
     least = max(float(rss.min()), EXACT**2 * points)
-    limit = 1 + scipy.stats.f.ppf(level, 1, points - 3) / (points - 3)
+    limit = 1 + scipy.special.fdtri(1, points - 3, level) / (points - 3)
     return np.asarray(least * limit - rss)
 
 

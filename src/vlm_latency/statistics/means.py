@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, as_codes, as_pairs, as_values
+from vlm_latency.statistics.results import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    as_codes,
+    as_pairs,
+    as_values,
+    student,
+)
 
 # One value that makes more than half of the squared deviations (of fewer than 20 values: three
 # quarters, which few normal samples reach) carries the interval by itself.
@@ -138,7 +145,7 @@ def _estimate(
     if error == 0:
         note = f"nothing varies among the {groups} {unit}"
         return Estimate(value, value, value, level, a.size, "no variation", note)
-    t = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1))
+    t = student(level, groups - 1)
     deviation = _sums(a - value * b, codes)
     squares = deviation**2
     note = (

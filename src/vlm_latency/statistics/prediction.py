@@ -21,6 +21,7 @@ from vlm_latency.statistics.results import (
     Result,
     as_codes,
     as_values,
+    student,
 )
 
 # Shapes are left out one by one up to this number, in so many groups beyond: refits are dear.
@@ -295,9 +296,7 @@ def _jackknifed(value: float, without: Floats, level: float, n: int) -> Estimate
         note = "an interval needs at least 3 shapes, and errors whatever shape is left out"
         return Estimate(value, None, None, level, n, "none", note)
     squares = (np.log(without) - np.log(without).mean()) ** 2
-    half = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1)) * math.sqrt(
-        (groups - 1) / groups * squares.sum()
-    )
+    half = student(level, groups - 1) * math.sqrt((groups - 1) / groups * squares.sum())
     note = ""
     if carried(squares):
         note = "one shape makes most of the variance: the interval may be too narrow"

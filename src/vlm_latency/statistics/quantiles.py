@@ -11,7 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.errors import UserError
 from vlm_latency.statistics.means import linearised, mean_estimate
-from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
+from vlm_latency.statistics.results import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    Result,
+    as_codes,
+    as_values,
+    student,
+)
 
 # Fewer clusters than the median's bounds need say nothing of their own spread.
 FEW_CLUSTERS = 6
@@ -78,13 +86,13 @@ def percentile(
         method += f", effective n of {effective} by clusters"
         found = f"found {n}, worth {effective}"
     tail = (1 - level) / 2
-    below = int(scipy.stats.binom.ppf(tail, effective, p))  # rank of the low end, counted from 1
-    above = int(scipy.stats.binom.isf(tail, effective, p)) + 1
+    below, above = _binomial_ends(effective, p, tail)  # ranks, counted from 1
+    above += 1
     low = high = None  # the ends never leave out the value, which interpolates between ranks
     if below >= 1:
         share = below / effective
         if share > p:  # the largest of few: too coarse a rank to be carried over to many
-            share = scipy.stats.beta.ppf(tail, effective * p, effective * (1 - p) + 1)
+            share = scipy.special.betaincinv(effective * p, effective * (1 - p) + 1, tail)
         low = min(value, float(ordered[math.ceil(share * n - 1e-9) - 1]))
     if above <= effective:
         high = max(value, float(ordered[math.ceil(above * n / effective) - 1]))
@@ -95,6 +103,15 @@ def percentile(
     ]
     note = f"{' and '.join(missing)} ({found})" if missing else ""
     return Estimate(value, low, high, level, n, method, note)
+
+
+def _binomial_ends(n: int, p: float, tail: float) -> tuple[int, int]:
+    """Give the least counts up to which, and beyond which, at least, at most, a share `tail` lies."""
+    far = 10 + 10 * math.sqrt(n * p * (1 - p))
+    counts = np.arange(max(0, int(n * p - far)), min(n, int(n * p + far)) + 1)
+    upto = np.searchsorted(scipy.special.bdtr(counts, n, p), tail)
+    beyond = np.argmax(scipy.special.bdtrc(counts, n, p) <= tail)
+    return int(counts[upto]), int(counts[beyond])
 
 
 def tail_ratio(
@@ -206,5 +223,5 @@ def _effective_n(values: Floats, p: float, codes: NDArray[np.int64], level: floa
         # independent values is p(1 − p) / (n − 1).
         worth.append(1 + share * (1 - share) / error**2 if error else groups)
     least = max(min(values.size, *worth), 2)
-    t = scipy.stats.t.ppf((1 + level) / 2, [least - 1, groups - 1])
-    return max(1, int(least * min(1, t[0] / t[1]) ** 2 * (1 + 1e-9)))
+    share = student(level, least - 1) / student(level, groups - 1)
+    return max(1, int(least * min(1, share) ** 2 * (1 + 1e-9)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from vlm_latency.errors import DataError
@@ -16,6 +17,15 @@ Floats = NDArray[np.float64]
 
 # Rounding error of sums of a few hundred thousand doubles; what varies less does not vary.
 ROUNDING = 1e-12
+
+
+def student(level: float, freedom: float) -> float:
+    """Give the t between whose negative and itself a share `level` of Student's distribution lies.
+
+    >>> f"{student(0.95, 9):.3f}"
+    '2.262'
+    """
+    return float(scipy.special.stdtrit(freedom, (1 + level) / 2))
 
 
 def plain(value: Any) -> Any:

@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import scipy
 
 from vlm_latency.errors import DataError
 from vlm_latency.statistics.means import carried, ratio_estimate
-from vlm_latency.statistics.results import ROUNDING, Estimate, Floats, Result, as_codes, as_values
+from vlm_latency.statistics.results import (
+    ROUNDING,
+    Estimate,
+    Floats,
+    Result,
+    as_codes,
+    as_values,
+    student,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -287,7 +294,7 @@ def _estimate(
         return Estimate(value, None, None, level, n, "none", note)
     squares = moved**2
     error = max(least, math.sqrt((moved.size - 1) / moved.size * squares.sum()))
-    half = float(scipy.stats.t.ppf((1 + level) / 2, freedom)) * error
+    half = student(level, freedom) * error
     note = ""
     if carried(squares):
         note = "one image makes most of this share's variance: the interval may be too narrow"
