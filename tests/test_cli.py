@@ -234,7 +234,8 @@ def test_all_refusals_come_together(run: Callable[..., Result]) -> None:
 
 
 def test_an_unknown_environment(run: Callable[..., Result]) -> None:
-    assert "conf/papr" in message(run("--pipeline", "exp1", env="papr"))
+    told = message(run("--pipeline", "exp1", env="papr"))
+    assert "no environment 'papr'" in told and "known are paper, smoke, study" in told
 
 
 def test_an_unknown_node(run: Callable[..., Result]) -> None:
@@ -457,6 +458,7 @@ def test_models_are_listed_with_their_size(tmp_path: Path) -> None:
     assert {line[4] for line in lines.values() if line[2] in "BM"} <= {"yes", "no"}
     none = CliRunner().invoke(cli.models, ["--zoo-file", str(tmp_path / "no.yml")])
     assert none.exit_code == 1 and "there is no file" in none.output
+    assert "parameters" not in none.output  # no head of a table
 
 
 def test_a_list_with_commas_is_told_how_it_is_written(run: Callable[..., Result]) -> None:

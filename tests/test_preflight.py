@@ -86,6 +86,34 @@ def test_a_folder_belongs_to_one_model(tmp_path: Path) -> None:
     assert checked(root, ["exp2"], runs_model=True)
 
 
+def left(root: Path, name: str, protocol: str = "exact", split: str = "validation") -> None:
+    """Leave a result of exp1 to exp4 below an output folder."""
+    asked = {"name": "coco_2014_vqa", "source": "synthetic", "split": split}
+    path = result_path(root, name)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"protocol": protocol, "environment": {"dataset": asked}}))
+
+
+def test_a_folder_belongs_to_one_protocol(tmp_path: Path) -> None:
+    left(tmp_path, "exp1", protocol="seed")
+    (told,) = refusals(tmp_path, experiments=["exp3"], runs_model=True)
+    assert "by another protocol: exp1 of seed; this command measures by exact" in told
+    assert f"output_dir={tmp_path}-exact" in told
+    assert checked(tmp_path, ["exp1", "exp3"], runs_model=True)  # exp1 is made anew
+    assert checked(tmp_path, ["exp3"], runs_model=True, protocol="seed")
+
+
+def test_a_folder_belongs_to_one_dataset(tmp_path: Path) -> None:
+    left(tmp_path, "exp1", split="train")
+    (told,) = refusals(tmp_path, experiments=["exp4", "exp3"], runs_model=True)
+    assert "by another dataset: exp1 of coco_2014_vqa (synthetic, train); this command" in told
+    assert "coco_2014_vqa (synthetic, validation): give it a folder" in told
+    assert checked(tmp_path, ["exp1", "exp4"], runs_model=True)
+    assert checked(tmp_path, ["exp3"], runs_model=True)  # which asks no questions
+    train = {**SYNTHETIC, "split": "train"}
+    assert checked(tmp_path, ["exp4"], runs_model=True, dataset=train)
+
+
 def test_a_line_says_what_each_experiment_will_do(tmp_path: Path) -> None:
     lines = checked(tmp_path)
     assert [line.split(":")[0] for line in lines] == ALL

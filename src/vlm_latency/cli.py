@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import gc
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from traceback import clear_frames
 from typing import Any
 
@@ -26,7 +29,6 @@ KEDRO_REFUSALS = (
     "Pipeline contains no nodes",
     "Pipeline does not contain",
     "Pipeline input(s)",
-    "Given configuration path either does not exist",
     "module 'kedro.runner' has no attribute",
 )
 
@@ -114,7 +116,7 @@ def _one_message(traceback: bool, hint: str = "\n(--traceback shows where)") -> 
     except click.ClickException:
         raise
     except Exception as error:
-        found = user_error(error)
+        found = user_error(error) or _no_environment(error)
         if traceback or found is None:
             raise
         clear_frames(error.__traceback__)  # ends a measurement's progress bar, and its line
@@ -159,6 +161,16 @@ def user_error(error: BaseException | None) -> str | None:
     return None
 
 
+def _no_environment(error: Exception) -> str | None:
+    """Name the environments that there are, where --env names a folder that is not there."""
+    missing = re.search(r"not a valid directory: (\S.*)", str(error))
+    if missing is None:
+        return None
+    asked = Path(missing[1])
+    known = sorted({path.parent.name for path in asked.parent.glob("*/*.yml")} - {"base", "local"})
+    return f"there is no environment '{asked.name}' in {asked.parent}; known are {', '.join(known)}"
+
+
 @cli.command()
 @click.option("--zoo-file", help="Of one's own models, laid over the built-in ones.")
 def models(zoo_file: str | None) -> None:
@@ -167,8 +179,9 @@ def models(zoo_file: str | None) -> None:
         from vlm_latency import listing
 
         line = "{:<20} {:>10}  {:>8}  {:<9}  {}"
-        click.echo(line.format("model.name", "parameters", "GiB bf16", "fits here", "weights"))
-        for row in listing.models(zoo_file):
+        head = ("model.name", "parameters", "GiB bf16", "fits here", "weights")
+        rows = listing.models(zoo_file)
+        for row in chain([head], [next(rows)], rows):  # no head before an error
             click.echo(line.format(*row))
         click.echo(
             "\nA hub id, a folder with a checkpoint, or file.py:function is a model.name as well."

@@ -13,9 +13,9 @@ import pandas as pd
 from kedro.io import DatasetError
 
 from vlm_latency.errors import DataError, MeasurementError, ModelError, UserError
-from vlm_latency.experiments import EXPERIMENTS
+from vlm_latency.experiments import EXPERIMENTS, QuestionSampling, measured
 from vlm_latency.options import ExperimentOptions, Options
-from vlm_latency.results import held, measured_on
+from vlm_latency.results import held, measured_on, questions_of
 from vlm_latency.workers.asked import ask_for
 
 
@@ -92,6 +92,7 @@ def check(
     if handle is not None and attempt(_ready, handle, runs_model) is not None:
         if runs_model:
             attempt(_alone, root, handle, compared)
+            attempt(_alike, root, options, experiments, questions)
             attempt(_nvtx, options, experiments, handle)
             attempt(ask_for, options.measurement, options.ray, handle)
         for name in experiments:
@@ -154,21 +155,52 @@ def _alone(root: Path, handle: Any, compared: Any) -> None:
     name, engine = handle.options.name, handle.options.engine
     about = {"name": name, "weights": handle.weights, "engine": engine, "dtype": handle.dtype}
     own = measured_on({"model": about, "hardware": hardware(handle.device)})
-    others: dict[str, list[str]] = {}
-    for study, on in held(root).items():
-        if on != own:
-            others.setdefault(on, []).append(study)
-    if others:
-        told = "; ".join(f"{', '.join(names)} of {on}" for on, names in others.items())
+    found = {study: measured_on(result["environment"]) for study, result in held(root).items()}
+    if told := _others(found, own):
         raise DataError(
             f"output_dir {root} has {told}, and this command measures {own}: give it a folder of its "
             f"own, output_dir={root.with_name(_folder_name(root.name, name, engine))}"
         )
 
 
-def _folder_name(folder: str, model: str, engine: str) -> str:
+def _alike(root: Path, options: Options, experiments: list[str], questions: Any) -> None:
+    """Refuse a folder whose other experiments followed another protocol or asked another dataset."""
+    if not experiments:
+        return
+    source = questions.load()
+    about = {**source.details, "name": source.name, "source": source.source, "split": source.split}
+    asking = {
+        n for n in EXPERIMENTS if issubclass(EXPERIMENTS[n].sampling or object, QuestionSampling)
+    }
+    others = {
+        n: result for n, result in held(root).items() if n in measured() and n not in experiments
+    }
+    protocols = {n: str(result["protocol"] or "") for n, result in others.items()}
+    asked = {n: questions_of(result["environment"]) for n, result in others.items() if n in asking}
+    for what, own, found in (
+        ("protocol", options.protocol, protocols),
+        ("dataset", questions_of({"dataset": about}), asked if asking & {*experiments} else {}),
+    ):
+        if told := _others(found, own):
+            raise DataError(
+                f"output_dir {root} has results by another {what}: {told}; this command measures by "
+                f"{own}: give it a folder of its own, output_dir="
+                f"{root.with_name(_folder_name(root.name, own))}"
+            )
+
+
+def _others(found: Mapping[str, str], own: str) -> str:
+    """Name the studies of something else than this command's."""
+    others: dict[str, list[str]] = {}
+    for study, other in found.items():
+        if other not in ("", own):
+            others.setdefault(other, []).append(study)
+    return "; ".join(f"{', '.join(names)} of {other}" for other, names in others.items())
+
+
+def _folder_name(folder: str, model: str, engine: str = "eager") -> str:
     words = [folder, Path(model).name, *([engine] if engine != "eager" else [])]
-    return "-".join(re.sub(r"[^\w.-]+", "-", word) for word in words)
+    return "-".join(re.sub(r"[^\w.-]+", "-", word).strip("-") for word in words)
 
 
 def _nvtx(options: Options, experiments: list[str], handle: Any) -> None:

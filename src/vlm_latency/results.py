@@ -132,14 +132,23 @@ def measured_on(environment: Any) -> str:
     return f"{about['name']} ({how}, {where})"
 
 
-def held(root: Path) -> dict[str, str]:
-    """Give what the results below an output folder were measured on, by study."""
+def questions_of(environment: Any) -> str:
+    """Say in words which dataset was asked; empty where an environment does not know."""
+    about = environment.get("dataset") if isinstance(environment, dict) else None
+    if not isinstance(about, dict) or not about.get("source"):
+        return ""
+    which = about.get("path") or about.get("hub_id") or about.get("name")
+    return f"{which} ({about['source']}, {about.get('split')})"
+
+
+def held(root: Path) -> dict[str, dict[str, Any]]:
+    """Give the environment and protocol of the results below an output folder, by study."""
     found = {}
     for name in studies():
         with suppress(DataError):  # who reads the result says what is wrong with it
             result = read_json(result_path(root, name))
-            if isinstance(result, dict) and (on := measured_on(result.get("environment"))):
-                found[name] = on
+            if isinstance(result, dict):
+                found[name] = {key: result.get(key) for key in ("environment", "protocol")}
     return found
 
 

@@ -179,6 +179,7 @@ def _finding(found: dict[str, Any], axis: Literal["tokens", "patches"]) -> str:
         slope, change = lines["T_total"].headline.slope, found["marginal_change"]
         cost, typical = interval(slope, "µs", 1000), results.typical(lines["T_total"])
         if not slope.above(0):
+            cost = cost.replace(" (no interval)", ", no interval")
             said.append(f"what a vision {unit} costs cannot be told from zero ({cost})")
         elif bend and bend.verdict == "not a line":
             said.append(
