@@ -155,7 +155,9 @@ def results(folder: Path) -> tuple[list[str], Callable[[], Any]]:
     path.write_text(json.dumps({**content, "coverage": {"planned": 2}, "claims": []}))
 
     def read() -> None:
-        assert "<html" in build_page(collect_results(folder))  # a line on it, never an error
+        assert (
+            b"<html" in build_page(collect_results(folder)).encode()
+        )  # a line on it, never an error
         entry_table(read_earlier(path, "exp3"), "exp3")
         read_run(folder)
 

@@ -45,6 +45,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_json(tmp_path / "bytes.json")
 
 
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(r'["a\ud83d\ude00", "b\ud800", "\udc00c", "\\ud800"]')
+    assert read_json(path) == ["a😀", "b?", "?c", r"\ud800"]
+
+
 def test_a_bare_list_is_a_result_too(tmp_path: Path) -> None:
     path = write(tmp_path / "result.json", [{"T_total": 1.0}])
     assert read_result(path)["results"] == [{"T_total": 1.0}]

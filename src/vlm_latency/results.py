@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,12 @@ def read_json(path: Path) -> Any:
     """
     try:
         with blaming(path, "JSON"):
-            return json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text)
+            if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character is in no font and no file
+                text = json.dumps(data, ensure_ascii=False).encode(errors="replace").decode()
+                data = json.loads(text)
+            return data
     except DataError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):

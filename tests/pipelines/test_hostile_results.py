@@ -29,7 +29,20 @@ from vlm_latency.statistics import plain
 
 INFINITE = (float("nan"), float("inf"), -float("inf"))
 NUMBERS = (*INFINITE, 1e308, -1e308, 1e-308, 10**30, 2**70, -5, -5.0, 0, 1)
-VALUES = (*NUMBERS, None, True, "", "x", "$", "9" * 5000, [], {}, [[[]]], {"a": {"b": [1e308]}})
+VALUES = (
+    *NUMBERS,
+    None,
+    True,
+    "",
+    "x",
+    "\ud800",
+    "$",
+    "9" * 5000,
+    [],
+    {},
+    [[[]]],
+    {"a": {"b": [1e308]}},
+)
 TINY: dict[str, Any] = {"model": {"name": "tiny-molmo"}}
 
 Job = Callable[[Path], Any]
@@ -95,7 +108,7 @@ def finite_or_refused(job: Job, folder: Path) -> str:
     except UserError as error:
         assert str(error)
         return "refused"
-    json.dumps(plain(found), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False, ensure_ascii=False).encode()
     return "right"
 
 
