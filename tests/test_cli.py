@@ -80,6 +80,10 @@ def test_a_pipeline_that_is_none_is_refused_with_the_nearest(
     assert told.startswith("there is no pipeline 'calibratoin'; did you mean 'calibration'?")
 
 
+def test_pipelines_as_bare_words_are_told_how_they_are_named(run: Callable[..., Result]) -> None:
+    assert "--pipelines exp1,exp3" in run("exp1").output
+
+
 def test_filters_that_leave_nothing_are_one_message(run: Callable[..., Result]) -> None:
     assert message(run("--pipelines", "exp3", "--tags", "exp1")).startswith("Pipeline contains no")
 

@@ -21,6 +21,16 @@ from vlm_latency.options import MeasurementOptions, Options
             {"exp1": {"measurment": {}}},
             "unknown parameter 'exp1.measurment'; did you mean 'exp1.measurement'?",
         ),
+        (
+            {"exp1": {"num_samples": 3}},
+            "unknown parameter 'exp1.num_samples'; did you mean 'exp1.sampling.num_samples'?",
+        ),
+        ({"max_crops": 3}, "unknown parameter 'max_crops'; did you mean 'model.max_crops'?"),
+        (
+            {"model": "tiny-molmo"},
+            "parameter 'model': found 'tiny-molmo'; it is a group: set one of it, such as model.name",
+        ),
+        ({"exp1": 3}, "found 3; it is a group: set one of it, such as exp1.sampling."),
         ({"modle": {}}, "unknown parameter 'modle'; did you mean 'model'?"),
         (
             {"exp1": {"measurement": {"num_run": 3}}},

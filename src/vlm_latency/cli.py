@@ -60,6 +60,8 @@ class Run(click.Command):
                 return super().make_context(*args, **options)
             except click.UsageError as error:
                 more = LISTS if "`params`" in error.message else ""
+                if "unexpected extra argument" in error.message:
+                    more = "; pipelines are named with --pipeline exp1 or --pipelines exp1,exp3"
                 raise click.UsageError(error.message + more, error.ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:

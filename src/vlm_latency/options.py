@@ -423,6 +423,14 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(_unknown(item["loc"], root))
+        elif item["type"] == "model_type":
+            group = _group(item["loc"], root)
+            leaves = (one for one in _paths(group) if not any(_paths(_group(one, group))))
+            inner = ".".join([path, *next(leaves)])
+            found = f"found {item['input']!r}"
+            lines.append(
+                f"parameter '{path}': {found}; it is a group: set one of it, such as {inner}"
+            )
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
@@ -433,9 +441,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 def _unknown(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """Refuse a name that is another experiment's parameter, or mistyped: with the nearest right one."""
-    group: Any = root
-    for part in loc[:-1]:
-        group = group.model_fields[str(part)].annotation
+    group = _group(loc[:-1], root)
     *parents, name = map(str, loc)
     path, names = ".".join([*parents, name]), list(group.model_fields)
     if parents[1:] == ["sampling"] and any(
@@ -444,6 +450,23 @@ def _unknown(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
         return (
             f"parameter '{path}' has no effect; {parents[0]} listens to {', '.join(sorted(names))}"
         )
+    if inside := next((one for one in _paths(group) if one[-1] == name), None):
+        return f"unknown parameter '{path}'; did you mean '{'.'.join([*parents, *inside])}'?"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f"unknown parameter '{path}'; did you mean '{'.'.join([*parents, near[0]])}'?"
     return f"unknown parameter '{path}'; known there: {', '.join(names)}"
+
+
+def _group(loc: tuple[int | str, ...], root: type[BaseModel]) -> Any:
+    """The group of parameters at this place."""
+    group: Any = root
+    for part in loc:
+        group = group.model_fields[str(part)].annotation
+    return group
+
+
+def _paths(group: Any) -> Iterator[tuple[str, ...]]:
+    """Names of all that a group holds, and its groups."""
+    for name, field in getattr(group, "model_fields", {}).items():
+        yield (name,)
+        yield from ((name, *inner) for inner in _paths(field.annotation))

@@ -219,7 +219,7 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
     assert sorted(found.index.tolist()) == [1, 2]
     for name, said in (
         (f"{file}:other", "made from vlm_latency.reduction.Method"),
-        (f"{tmp_path / 'none.py'}:Mine", "cannot be read"),
+        (f"{tmp_path / 'none.py'}:Mine", "there is no file"),
         ("raandom", "expected one of identity"),
     ):
         with pytest.raises(UserError, match=said):

@@ -232,6 +232,8 @@ def method_of(name: str) -> Method:
             f"found method {name!r}; expected one of {', '.join(METHODS)}, or a file and its class "
             "such as mine.py:MyMethod"
         )
+    if not Path(path).is_file():
+        raise UserError(f"method {name!r}: there is no file {path}; expected mine.py:MyMethod")
     found: Any = None
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
