@@ -1,4 +1,4 @@
-# make run   install into .venv and run all five experiments on the built-in default
+# make run   install into .venv and run exp1 to exp5 on the built-in default
 # make test  install into .venv and run every check
 # TORCH_INDEX=…  where torch comes from, e.g. https://download.pytorch.org/whl/cpu for a machine without a GPU
 PYTHON ?= python3

@@ -1,5 +1,6 @@
 """Which part is which, and how many parameters it has."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,3 +182,12 @@ def test_what_cannot_be_told_apart_is_refused_by_name(model_type, told):
 def test_the_page_of_architectures_is_what_the_command_makes():
     page = Path(__file__).parents[2] / "docs" / "architectures.md"
     assert page.read_text(encoding="utf-8") == table()
+
+
+def test_the_readme_counts_architectures_as_their_page_does():
+    root = Path(__file__).parents[2]
+    page, readme = ((root / name).read_text() for name in ("docs/architectures.md", "README.md"))
+    (found,) = re.findall(r"^(\d+) architectures: (\d+) with all parts, (\d+) refused", page, re.M)
+    number, measured, refused = found
+    assert f"[{measured} of its {number} architectures](docs/architectures.md)" in readme
+    assert f"why {refused} of the {number} are refused" in readme
