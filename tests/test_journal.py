@@ -168,6 +168,9 @@ def test_other_conditions_are_kept_apart(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert list(journal.read("aa")["request_id"]) == ["r1"]
     assert journal.others("aa") == [tmp_path / "bb.jsonl"]
+    (tmp_path / "cc.jsonl").write_bytes(b"7\n")  # no journal at all
+    with pytest.raises(MeasurementError, match=r"cc\.jsonl"):
+        journal.conditions(tmp_path / "cc.jsonl")
 
 
 def test_a_run_tried_again_counts_once_by_its_last_try(tmp_path: Path) -> None:

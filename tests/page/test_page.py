@@ -273,12 +273,18 @@ def test_what_a_killed_writer_left_and_broken_pictures_are_no_obstacle(folder: P
 
 @pytest.mark.parametrize(
     "fault",
-    [{"statistics": [1]}, {"claims": 3}, {"coverage": {"sessions": [3]}}, {"environment": "x"}],
+    [
+        {"statistics": [1]},
+        {"claims": 3},
+        {"coverage": {"sessions": [3]}},
+        {"environment": "x"},
+        {"environment": {"line": "half a \ud800 character"}},
+    ],
 )
 def test_one_broken_result_hides_no_other(folder: Path, fault: dict) -> None:
     path = result_path(folder, "exp1")
     path.write_text(json.dumps({**json.loads(path.read_text()), **fault}))
     page = build_page(collect_results(folder))
-    Reader(page)
+    Reader(page.encode().decode())
     assert 'id="exp3"' in page
     assert 'id="exp1"' in page

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm_latency.errors import DataError
 from vlm_latency.experiments import studies
-from vlm_latency.results import result_path
+from vlm_latency.results import read_json, result_path
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        result = read_json(path)
+    except DataError as error:
         return None, f"{path.name} cannot be read: {error}"
     if not isinstance(result, dict):
         kind = type(result).__name__
