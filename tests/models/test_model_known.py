@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,30 @@ def test_memory_is_asked_for_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_device_is_the_one_that_torch_gives(device: str) -> None:
     options = ModelOptions(name="tiny-llava", device=device)
     assert resolve_device(options) == str(loading.resolve_device(options))
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "asked"),
+    [
+        ("cuda = hip = None", True, False),
+        ("cuda = '13.0'\nhip = None", True, True),
+        ("cuda = '13.0'\nhip = None", False, False),
+        ("cuda = None\nhip = '7.0'", False, True),
+    ],
+)
+def test_torch_is_asked_where_its_build_and_a_driver_may_give_a_gpu(
+    build: str, driver: bool, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(build)
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr(handle.importlib.util, "find_spec", lambda name: spec)
+
+    def load(name: str) -> None:
+        if not driver:
+            raise OSError(name)
+
+    monkeypatch.setattr(handle.ctypes, "CDLL", load)
+    monkeypatch.setattr(handle.sys, "platform", "linux")
+    assert handle._may_have_gpu.__wrapped__() is asked

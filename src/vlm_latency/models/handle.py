@@ -172,7 +172,7 @@ def _may_have_gpu() -> bool:
     try:
         ctypes.CDLL("libcuda.so.1")  # what CUDA's own runtime looks for
     except OSError:
-        return False
+        return any(Path("/dev", name).exists() for name in ("nvidiactl", "nvidia0", "dxg"))
     return True
 
 
