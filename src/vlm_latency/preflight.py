@@ -168,7 +168,7 @@ def _alike(root: Path, options: Options, experiments: list[str], questions: Any)
     if not experiments:
         return
     source = questions.load()
-    about = {**source.details, "name": source.name, "source": source.source, "split": source.split}
+    about = {**source.details, "source": source.source, "split": source.split}
     asking = {
         n for n in EXPERIMENTS if issubclass(EXPERIMENTS[n].sampling or object, QuestionSampling)
     }

@@ -143,8 +143,9 @@ def questions_of(environment: Any) -> str:
     about = environment.get("dataset") if isinstance(environment, dict) else None
     if not isinstance(about, dict) or not about.get("source"):
         return ""
-    which = about.get("path") or about.get("hub_id") or about.get("name")
-    return f"{which} ({about['source']}, {about.get('split')})"
+    if which := about.get("path") or about.get("hub_id"):
+        return f"{which} ({about['source']}, {about.get('split')})"
+    return f"{about['source']} ({about.get('split')})"
 
 
 def held(root: Path) -> dict[str, dict[str, Any]]:
