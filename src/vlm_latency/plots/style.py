@@ -270,7 +270,8 @@ def panels(
 
     body = (0, bottom / height, 1, 1 - (top + bottom) / height)
     layout = ConstrainedLayoutEngine(rect=body, w_pad=0.06, h_pad=0.06)
-    about = (title, reading, "; ".join(context.marks), context.environment_line)
+    marks = "; ".join(context.marks)
+    about = (title, reading, marks[:1].upper() + marks[1:], context.environment_line)
     figure = ReportFigure(style, about, figsize=(width, height), layout=layout)
     y = height - 0.06
     for text, size, kind in header:
