@@ -20,6 +20,7 @@ from vlm_latency.plots import (
     flops,
     language_sweep,
     prediction,
+    reduction,
     vision_sweep,
 )
 from vlm_latency.plots.notation import interval
@@ -51,6 +52,27 @@ def points(axes):
     )
 
 
+SPEEDS = ["T_first_token", "T_LLM_prefill_reduced", "T_LLM_decode", "T_total"]
+REDUCED = [
+    {
+        "method": method,
+        "keep": keep,
+        "claimed": {"speed_up": claimed},
+        "measured": {
+            name: {"speed_up": {"value": won, "low": 0.8 * won, "high": 90.0}} for name in SPEEDS
+        },
+        "means": {"T_total": {"value": 50.0, "low": 40.0, "high": 60.0}},
+        "accuracy": {"value": None},
+    }
+    for method, keep, claimed, won in (
+        ("identity", 1.0, 1.0, 1.0),
+        ("pixels", 0.5, 2.0, 5.5),
+        ("random", 0.25, 6.0, 1.2),
+        ("uniform", 0.25, 6.0, 1.3),
+    )
+]
+
+
 def every_figure(made, context, style):
     one, two, three, four, five = made.exp1(), made.exp2(), made.exp3(), made.exp4(), made.exp5()
     proof, forecast = made.calibrated(), made.predicted()
@@ -68,6 +90,7 @@ def every_figure(made, context, style):
     finding = {"finding": "76 % of 166 ms is bound by launches", "work": "kernels"}
     shapes = [made.explained(0.5), made.explained(1.1)]
     yield explanation.explanation(shapes, finding, context, style)
+    yield reduction.claimed_and_measured(REDUCED, SPEEDS, context, style)
     yield comparison.ratios({"new": made.compared()}, "old", 0.02, context, style)
     yield prediction.predicted_latency(
         forecast.grid, forecast.pruning, forecast.statistics, context, style
@@ -500,9 +523,13 @@ def test_no_legend_lies_over_points(made, context, paper, columns):
             if (shown := axes.get_legend()) is None or axes._left_title.get_text() == "":
                 continue
             box = shown.get_window_extent()
-            for dots in axes.collections:
-                if isinstance(dots, PathCollection) and len(dots.get_offsets()):
-                    at = axes.transData.transform(dots.get_offsets())
+            dots = [it.get_offsets() for it in axes.collections if isinstance(it, PathCollection)]
+            dots += [line.get_xydata() for line in axes.lines if line.get_linestyle() == "None"]
+            for each in dots:
+                known = np.asarray(each, dtype=float)
+                known = known[np.isfinite(known).all(axis=1)]
+                if len(known):
+                    at = axes.transData.transform(known)
                     inside = axes.bbox.contains(*at.mean(axis=0)) and [
                         point for point in at if box.contains(*point)
                     ]
