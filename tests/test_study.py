@@ -37,6 +37,12 @@ def tool() -> Any:
     sys.path.remove(str(STUDY))
 
 
+@pytest.fixture(scope="module")
+def runs(tool: Any) -> Any:
+    """All that is published, read once."""
+    return tool.ev.load(STUDY)
+
+
 def result(folder: str, name: str) -> dict[str, Any]:
     return json.loads(result_path(STUDY / folder, name).read_text(encoding="utf-8"))
 
@@ -112,11 +118,11 @@ def test_the_remark_on_an_encoder_that_is_not_compiled_holds() -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_commands_ask_for_what_was_measured(tool: Any, folder: str) -> None:
+def test_the_commands_ask_for_what_was_measured(tool: Any, runs: Any, folder: str) -> None:
     """Each as Kedro reads it: the environment's files, then the parameters of the line."""
     from omegaconf import OmegaConf
 
-    run = next(run for run in tool.ev.load(STUDY) if run.name == folder)
+    run = next(run for run in runs if run.name == folder)
     found = []
     for line in tool.ev.commands(run, ROOT / "conf").splitlines():
         words = dict(zip(*[iter(shlex.split(line)[2:])] * 2, strict=True))
@@ -165,8 +171,8 @@ def test_idle_is_what_busy_leaves(folder: str) -> None:
         assert part["bound"] == "launches" or idle < 0.5
 
 
-def test_what_a_run_lacks_is_not_measured_and_a_cpu_is_a_device(tool: Any) -> None:
-    run = next(run for run in tool.ev.load(STUDY) if "exp3" in run.tables)
+def test_what_a_run_lacks_is_not_measured_and_a_cpu_is_a_device(tool: Any, runs: Any) -> None:
+    run = next(run for run in runs if "exp3" in run.tables)
     results = json.loads(json.dumps({"exp3": {**run.results["exp3"], "protocol": "seed"}}))
     hardware = results["exp3"]["environment"]["hardware"]
     del hardware["gpu"]
@@ -202,10 +208,10 @@ def readme_rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_headline_table_by_other_means(tool: Any) -> None:
+def test_the_headline_table_by_other_means(runs: Any) -> None:
     """Medians and their intervals, and the mean of the images' median steps, in plain numpy."""
     head, _, *rows = readme_rows()
-    runs = {run.label: run for run in tool.ev.load(STUDY)}
+    named = {run.label: run for run in runs}
     columns = {
         "preprocessing": "T_preprocess",
         "encoder": "T_vision_encoder",
@@ -216,7 +222,7 @@ def test_the_headline_table_by_other_means(tool: Any) -> None:
     compared = 0
     for row in rows:
         cells = dict(zip(head, row, strict=True))
-        own = OK[OK["study_run"] == runs[cells["model, engine"]].name]
+        own = OK[OK["study_run"] == named[cells["model, engine"]].name]
         photos = own[(own["experiment"] == "exp1") & (own["resolution"] == "640x480")]
         for title, column in columns.items():
             values = photos[column].dropna().to_numpy(float)
