@@ -137,7 +137,7 @@ class FigureOptions(Group):
         default=1, description="columns of the page that a figure fills; style=paper"
     )
     panels: Words = Field(
-        default=(), description="panels of exp1 … exp5 to draw, by name; none: all"
+        default=(), description="panels of exp1 … exp5 to draw, such as 'prefill steps'; none: all"
     )
     dpi: Annotated[int, Field(ge=50)] = Field(
         default=300, description="resolution of PNG files, dots per inch"
