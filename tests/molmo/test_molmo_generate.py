@@ -43,16 +43,14 @@ def test_rows_of_the_padded_batch_one_by_one(family, shared, golden):
         assert torch.equal(new_tokens(model, single)[0], tokens)
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["D", pytest.param("O", marks=pytest.mark.slow), pytest.param("E", marks=pytest.mark.slow)],
-)
-def test_compiled_decode_is_one_graph(family, committed):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", "DOE")
+def test_compiled_decode_is_one_graph(family, backend, committed):
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     model = committed.model(family)
     inputs, expected = committed.case(family, 3)
-    compiling = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    compiling = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
     compiling._compile_all_devices = True  # generate() would compile on accelerators only
     tokens = new_tokens(model, inputs, cache_implementation="static", compile_config=compiling)
     assert torch.equal(tokens, expected["greedy_tokens"])
