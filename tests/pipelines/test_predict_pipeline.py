@@ -102,3 +102,10 @@ def test_pruning_and_grid_are_what_was_asked_for(measured: Any) -> None:
         predicted(measured, drop_layer=9)
     with pytest.raises(UserError, match="expected width x height"):
         predicted(measured, image="wide")
+
+
+def test_the_finding_says_what_takes_how_long_and_how_far_it_was_extended(measured: Any) -> None:
+    inside, outside = (predicted(measured, output_tokens=n)["finding"] for n in (4, 4000))
+    assert inside.startswith("640x480 image, 16 prompt tokens, 4 output tokens: ")
+    assert "ms (no interval) predicted without running it" in inside
+    assert outside.endswith(", an extrapolation")

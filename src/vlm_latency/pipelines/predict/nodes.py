@@ -45,6 +45,7 @@ def predict(
     """
     from vlm_latency.costs import CostModel
     from vlm_latency.costs.workload import latency_grid, predict_workload, pruning_table
+    from vlm_latency.plots.notation import interval
     from vlm_latency.plots.prediction import predicted_latency
     from vlm_latency.plots.style import FigureContext, Style
 
@@ -66,10 +67,11 @@ def predict(
     notes = [f"no interval: {unit.note}"] if unit.note else []
     notes += _extrapolations(predictor, found["extrapolated"], grid)
     notes += _elsewhere(predictor, model.options.name, measured)
+    latency = replace(
+        unit, value=found["T_total"], low=found["T_total_low"], high=found["T_total_high"]
+    )
     statistics = {
-        "latency": replace(
-            unit, value=found["T_total"], low=found["T_total_low"], high=found["T_total_high"]
-        ),
+        "latency": latency,
         "composition": {name: found[name] for name in COMPONENTS},
         "workload": (
             "{}x{} image, ".format(*asked.image)
@@ -101,6 +103,10 @@ def predict(
         "model": model.options.name,
         "workload": {**asked.model_dump(mode="json"), "counts": found},
         "statistics": statistics,
+        "finding": (
+            f"{statistics['workload']}: {interval(latency, 'ms')} predicted without "
+            "running it" + (", an extrapolation" if found["extrapolated"] else "")
+        ),
         "grid": grid.to_dict("records"),
         "pruning": pruning.to_dict("records"),
         "environment": vision.get("environment"),
