@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_what_is_remembered_is_what_the_model_says(
     assert said(KnownArchitecture(options)) == own
     monkeypatch.setattr("vlm_latency.models.known.describe", refuse)
     assert said(KnownArchitecture(options)) == own
+    assert said(pickle.loads(pickle.dumps(KnownArchitecture(options)))) == own
 
 
 def test_another_option_version_or_zoo_is_another_model(

@@ -52,6 +52,8 @@ class KnownArchitecture(Architecture):
         self._memory = Memory.of("models", ("facts",), *given)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_options" or name.startswith("__"):  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._whole, name)
 
     @cached_property
