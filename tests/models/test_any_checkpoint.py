@@ -112,6 +112,7 @@ def _processor(folder, settings):
         (lambda folder: _processor(folder, {}), "processor of .* not load"),
         (lambda folder: _processor(folder, {"max_crops": 2**70}), "max_crops=.*at most 1,000"),
         (lambda folder: _processor(folder, {"size": {"shortest_edge": 10**9}}), "edge=.*at most"),
+        (lambda folder: _processor(folder, {"size": {"shortest_edge": 1}}), "edge=1; .*at least 8"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused_by_folder_and_file(change, told, checkpoint):

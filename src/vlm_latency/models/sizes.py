@@ -21,22 +21,26 @@ _LIMITS = tuple(
         (r"", 2**53),
     )
 )
+_SIDE = re.compile(r"(edge|height|width)$")  # of an image or of its parts, pixels
+_LEAST = 8  # an image in parts of one pixel each takes all memory
 _PER_LAYER = re.compile(r"(layer_types|depths|layers_block_type)$")  # lists with an item per layer
 _MAX_DEPTH = 20  # of dicts within dicts
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration, of a model or of its image processor, with a size beyond any model's.
+    """Refuse a configuration, of a model or its image processor, with a size that no model has.
 
     Raises
     ------
     ModelError
-        Naming the key, its value and the largest that is taken.
+        Naming the key, its value and what is taken.
     """
     for name, value in _numbers(config, _MAX_DEPTH):
         most = next(most for pattern, most in _LIMITS if pattern.search(name))
         if value > most:
             raise ModelError(f"{name}={value:,}; expected at most {most:,}")
+        if value < _LEAST and _SIDE.search(name):
+            raise ModelError(f"{name}={value:,}; expected at least {_LEAST}")
 
 
 def _numbers(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, int]]:
@@ -50,5 +54,5 @@ def _numbers(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, int]]:
             if _PER_LAYER.search(str(name)):
                 yield f"{name}, in layers", len(value)
             yield from ((str(name), each) for each in value if type(each) is int)
-        elif type(value) is int:
+        elif isinstance(value, int):
             yield str(name), value
