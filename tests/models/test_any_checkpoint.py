@@ -18,6 +18,7 @@ from vlm_latency.instrument.session import _entered
 from vlm_latency.models import describe
 from vlm_latency.models.loading import VLM
 from vlm_latency.models.requests import MAX_PROMPT, TokenCounts
+from vlm_latency.models.sizes import check_sizes
 from vlm_latency.models.zoo import load_zoo
 from vlm_latency.options import ModelOptions, Options
 
@@ -168,6 +169,19 @@ def test_sizes_that_no_model_has_are_refused_before_a_configuration_is_made(
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ModelError, match=f"{path[-1]}={size:,}; expected at most"):
             describe(ModelOptions(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"image_seq_len": 10**9},
+        {"image_processor": {"max_image_size": {"longest_edge": True}}},
+        {"image_processor": {"size": {"height": 0, "width": 384}}},
+    ],
+)
+def test_sizes_of_a_processor_that_would_take_all_memory_are_refused(said):
+    with pytest.raises(ModelError, match="expected at"):
+        check_sizes(said)
 
 
 def test_sizes_of_the_zoo_and_of_the_users_zoo_file_are_looked_at_too(tmp_path):

@@ -312,7 +312,7 @@ def pretrained_preparer(
             cls = _without_video(_from_transformers(known, config.model_type))
             backend = {} if is_torchvision_available() else {"backend": "pil"}
             processor = cls.from_pretrained(path, **backend, **where)
-        check_sizes(processor.image_processor.to_dict())  # a tokenizer alone has none
+        check_sizes(processor.to_dict())  # which a tokenizer alone does not have
     except Exception as error:  # a file of any content, read by any family's code
         raise ModelError(
             f"the processor of {path} does not load; expected the files of its tokenizer "

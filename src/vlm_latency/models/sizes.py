@@ -16,6 +16,7 @@ _LIMITS = tuple(
         (r"(layers?|depths?|blocks|num_crops|max_crops|max_patches)$", 1_000),
         (r"(experts|image_size|height|width)$", 16_384),
         (r"(shortest_edge|min_pixels)$", 2**17),  # to which a small image is enlarged
+        (r"(image_seq_len|image_seq_length|num_image_tokens)$", 2**17),  # marks in a prompt
         (r"(vocab_size|positions?|embeddings|length|pixels|edge|theta|id|ids|tokens?)$", 2**31),
         (r"(size|dim|channels|heads|groups|d_model|d_ff)$", 2**20),
         (r"", 2**53),
