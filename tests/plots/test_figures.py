@@ -398,7 +398,7 @@ class TestComparison:
     def test_ratio_interval_verdict_and_margin(self, made, context):
         figure = comparison.ratios({"new": made.compared()}, "old", 0.02, context, Style())
         shown = words(figure)
-        assert "Against old: new is SLOWER, T_total × 1.100 [1.089, 1.111]" in shown
+        assert "Against old, T_total, 40 matched: new × 1.100 [1.089, 1.111] SLOWER" in shown
         assert shown.count("SLOWER") == 6
         band = figure.axes[0].patches[0]
         assert band.get_x() == pytest.approx(0.98) and band.get_width() == pytest.approx(0.04)

@@ -121,6 +121,8 @@ def told(comparisons: Mapping[str, TableComparison], baseline: str) -> str:
     said = []
     for run, result in comparisons.items():
         total = result.components.get("T_total")
-        ratio = f", T_total × {interval(total.ratio)}" if total else ""
-        said.append(f"{run} is {result.verdict or 'UNDECIDED'}{ratio} ({result.n_matched} matched)")
-    return f"Against {baseline}: " + ("; ".join(said) or "nothing to compare")
+        ratio = f" × {interval(total.ratio)}" if total else ""
+        said.append(f"{run}{ratio} {result.verdict or 'UNDECIDED'}")
+    matched = dict.fromkeys(str(result.n_matched) for result in comparisons.values())
+    numbers = f", T_total, {' and '.join(matched)} matched: " if said else ": "
+    return f"Against {baseline}{numbers}" + ("; ".join(said) or "nothing to compare")

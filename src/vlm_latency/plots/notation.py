@@ -74,6 +74,8 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     '4.0 [1.1, 14.3]'
     >>> interval({"value": 0.679, "low": 0.0065, "high": 71.07})  # ends of other sizes: each its own
     '0.68 [0.0065, 71]'
+    >>> interval({"value": 218.8, "low": 1.9, "high": 25558.1}, "ms")
+    '219 ms [1.9, 25,558]'
     >>> interval({"value": 5.8, "low": -0.31, "high": 11.4})  # and that it holds 0
     '6 [-0.3, 11]'
     """
@@ -92,7 +94,7 @@ def interval(statistic: Statistic, unit: str = "", scale: float = 1.0) -> str:
     decimals = 1 - math.floor(math.log10(width))
     if min(drawn) > 0:  # two digits of the lower end
         needed = 1 - math.floor(math.log10(min(drawn)))
-        if needed > max(0, decimals) + 1:
+        if needed > decimals + 1:
             low_end, high_end = ("?" if x is None else number(scale * x, 2) for x in (low, high))
             return f"{number(scale * value, 2)}{unit} [{low_end}, {high_end}]"
         decimals = max(decimals, needed)

@@ -133,7 +133,8 @@ def _pruning(axes: Axes, pruning: pd.DataFrame) -> None:
         )
     axes.set_xticks(100 * np.unique(column(pruning, "keep")))
     axes.set(xlabel="vision tokens kept (%)", ylabel="latency (ms)")
-    axes.set_ylim(bottom=0)
+    # An interval may be very wide: what it says of its end stands in the title.
+    axes.set_ylim(0, min(axes.get_ylim()[1], 3 * float(np.nanmax(column(pruning, "latency_ms")))))
     axes.invert_xaxis()
     headroom(axes, pruning["where"].nunique())
     axes.legend(loc="upper right")
