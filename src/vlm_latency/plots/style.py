@@ -319,7 +319,7 @@ def _header_lines(
 
 def _wrapped(text: str, width: float, size: float, *, bold: bool = False) -> list[str]:
     """Break lines by the mean width of a letter, but not between a number and its unit."""
-    glued = re.sub(r" (?=(?:ms|µs|%|=|\[))|(?<=[=,]) (?=[\d?])", "\N{NO-BREAK SPACE}", text)
+    glued = re.sub(r" (?=(?:ms|µs|%|=|\[))|(?<=[=,×]) (?=[\d?])", "\N{NO-BREAK SPACE}", text)
     letter = (0.63 if bold else 0.55) * size / 72
     return textwrap.wrap(glued, max(20, int((width - 0.2) / letter)))
 
