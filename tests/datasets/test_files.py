@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -111,6 +112,23 @@ def test_contents_of_a_figure_are_the_same_in_every_process() -> None:
         for seed in "12"
     }
     assert found == {f"{report_figure(2.0).contents}\n"}
+
+
+@pytest.mark.parametrize("changed", ["matplotlib", "a setting", "the code", "the style"])
+def test_whatever_could_change_a_drawing_changes_its_contents(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, figure = report_figure(2.0).contents, report_figure(2.0)
+    if changed == "matplotlib":
+        monkeypatch.setattr("matplotlib.__version__", "0")
+    elif changed == "a setting":
+        monkeypatch.setitem(matplotlib.rcParams, "image.cmap", "gray")
+    elif changed == "the code":
+        (tmp_path / "style.py").write_text("another")
+        monkeypatch.setattr("vlm_latency.plots.style.__file__", str(tmp_path / "style.py"))
+    else:
+        monkeypatch.setattr(figure, "style", Style(paper=True, dpi=40))
+    assert figure.contents != before
 
 
 @pytest.mark.parametrize(("kind", "name", "data"), SAVED)
