@@ -98,14 +98,15 @@ def _speed_ups(
         )
         beside[place] += 1
         drawn.append(claimed)
-        seen.append(ends(found["speed_up"])[0])
+        seen += [end for end in ends(found["speed_up"]) if end]
     if len(drawn) == 1:
         nothing(axes)
         return
     top = max(drawn)
     axes.plot([1, top], [1, top], "k--", lw=0.8)
     axes.axhline(1, color="black", lw=0.8)
-    axes.set_ylim(0, 1.1 * max(top, *seen))
+    room = 0.1 * (max(seen) - min(seen)) + 0.02
+    axes.set_ylim(min(seen) - room, max(seen) + room)  # of what was measured: claims go beyond
     axes.set_xlabel("claimed (prefill's FLOPs by FastV's formula)")
     axes.set_ylabel("measured")
 
