@@ -11,11 +11,13 @@ from pathlib import Path
 import again
 import evidence as ev
 import page
-from gather import gather
+from gather import gather, shrink
 
 from vlm_latency.pipelines.compare.nodes import side_by_side
+from vlm_latency.pipelines.reporting.exp6 import SHOWN
 from vlm_latency.pipelines.reporting.results import marks
 from vlm_latency.plots.first_and_next import first_and_next
+from vlm_latency.plots.reduction import claimed_and_measured
 from vlm_latency.plots.style import FigureContext, Style
 from vlm_latency.results import Run
 
@@ -50,6 +52,17 @@ def draw() -> None:
     found = {label: numbers for label, numbers in found.items() if any(numbers.values())}
     first_and_next(found, context, style).savefig(STUDY / page.FIRST)
     shown = [Run(run.label, run.tables, {}) for run in runs]
+    for run in ev.load(STUDY):
+        if result := run.results.get("exp6"):
+            told = FigureContext(
+                environment_line=result["environment"]["line"],
+                marks=marks(result),
+                model=run.label,
+                finding=result["finding"],
+            )
+            drawn = claimed_and_measured(result["results"], SHOWN, told, style)
+            drawn.savefig(path := STUDY / run.name / "exp6" / page.REDUCED)
+            shrink(path, path)
     for name, drawn in side_by_side(shown, context, style).items():
         drawn.savefig(STUDY / page.SIDE_BY_SIDE[name][0])
 

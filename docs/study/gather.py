@@ -16,7 +16,7 @@ from vlm_latency.results import POOLED, read_json, result_path
 
 LIMIT = 10_000_000  # bytes, of the whole published folder
 # Figures of one run that the page shows.
-FIGURES = {"explain": ("explain.png",), "exp6": ("exp6_token_reduction.png",)}
+FIGURES = {"explain": ("explain.png",)}
 COLOURS = 128  # of a published figure: a third of the bytes
 # An entry of these is a question; its runs are in the table.
 OF_QUESTIONS = ("exp1", "exp2")
@@ -50,8 +50,7 @@ def gather(folder: Path, study: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             write(target, slim(read_json(path), name))
             for figure in FIGURES.get(name, ()):
-                drawn = Image.open(run / name / "figures" / figure).convert("RGB")
-                drawn.quantize(COLOURS).save(target.parent / figure, optimize=True)
+                shrink(run / name / "figures" / figure, target.parent / figure)
             if name in measured():
                 records = pd.read_parquet(run / name / f"{name}_records.parquet")
                 tables.append(records.assign(study_run=run.name))
@@ -77,6 +76,11 @@ def gather(folder: Path, study: Path) -> None:
     size = sum(path.stat().st_size for path in study.rglob("*") if path.is_file())
     if size > LIMIT:
         raise SystemExit(f"{study} holds {size:,} bytes; expected at most {LIMIT:,}")
+
+
+def shrink(figure: Path, target: Path) -> None:
+    """Write a figure with few colours, which nobody sees."""
+    Image.open(figure).convert("RGB").quantize(COLOURS).save(target, optimize=True)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

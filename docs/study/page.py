@@ -33,6 +33,7 @@ REMARKS = {
     "by launches: it took longer than in the eager run, on a slower host",
 }
 SHARED = "runs beside 16 of 32 cores were made two at a time, each on a GPU and on half of the cores of one host"
+REDUCED = "exp6_token_reduction.png"
 FEW = 4  # numbers of a claim that its cell shows
 NOT_MEASURED = "not measured"
 PLANNED = {
@@ -263,7 +264,7 @@ def reductions(runs: list[StudyRun]) -> str:
             head += [f"{run.model['engine']}: first token", f"{run.model['engine']}: total"]
         said = [f"* **{run.label}:** {run.results['exp6']['finding']}." for run in same]
         quiet = same[-1]
-        figure = f"![{quiet.label}](study/{quiet.name}/exp6/{FIGURES['exp6'][0]})"
+        figure = f"![{quiet.label}](study/{quiet.name}/exp6/{REDUCED})"
         parts += ["\n".join(said), figure, table(head, rows)]
     return "\n\n".join(parts)
 
