@@ -118,7 +118,9 @@ def test_strata_have_their_share(synthetic: QuestionSource) -> None:
 
 
 def test_too_many_samples(files: QuestionSource) -> None:
-    with pytest.raises(DataError, match=r"num_samples=11 .* has 10 questions on 5 images$"):
+    with pytest.raises(
+        DataError, match=r"num_samples=11 .* has 10 questions on 5 images; ask for 1 to 10 by exp1"
+    ):
         draw_requests(files, Sampling(11), "none", "exp1")
     with pytest.raises(DataError, match=r"num_samples=6 .* 5 images and one question of each"):
         draw_requests(files, Sampling(6, one_question_per_image=True), "none", "exp1")

@@ -85,7 +85,7 @@ def draw_requests(
         ``answer`` and a drawn question has none.
     """
     rule = _output_length(output_length)
-    rows = source.with_images(_sample(source, sampling))
+    rows = source.with_images(_sample(source, sampling, experiment))
     if rule == "answer" and rows["answer"].isna().any():
         raise DataError(
             f"{rows['answer'].isna().sum()} of {len(rows)} drawn questions have no answer, which "
@@ -251,7 +251,7 @@ def _output_length(value: str | int) -> str:
         raise DataError(f"output_length {value!r} is not a rule; {error}") from None
 
 
-def _sample(source: QuestionSource, sampling: Sampling) -> pd.DataFrame:
+def _sample(source: QuestionSource, sampling: Sampling, experiment: str) -> pd.DataFrame:
     """The drawn rows, in the order of drawing: a larger sample only adds rows at the end."""
     table = source.table
     if sampling.order == "random":
@@ -265,10 +265,14 @@ def _sample(source: QuestionSource, sampling: Sampling) -> pd.DataFrame:
     count = len(rows) if sampling.num_samples is None else sampling.num_samples
     if not 1 <= count <= len(rows):
         images = table["image_id"].nunique()
-        why = " and one question of each is drawn" if sampling.one_question_per_image else ""
+        why, more = "", ""
+        if sampling.one_question_per_image:
+            why = " and one question of each is drawn"
+            more = f", or more with {experiment}.sampling.one_question_per_image=false"
         raise DataError(
             f"num_samples={count} cannot be drawn: {source.name} ({source.source}, {source.split}) "
-            f"has {len(table)} questions on {images} images{why}"
+            f"has {len(table)} questions on {images} images{why}; "
+            f"ask for 1 to {len(rows)} by {experiment}.sampling.num_samples{more}"
         )
     if sampling.stratify_by_tiling:
         rows = _spread_strata(rows, _tilings(source, rows, _tiles(sampling)))
