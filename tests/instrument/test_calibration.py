@@ -308,7 +308,7 @@ def test_verdict_of_a_quiet_machine() -> None:
     assert said[2].startswith("1 of 1 injected delays are recovered")
     assert "T_projector in 46%" in said[5]
     assert "T_LLM_prefill" not in said[5]
-    assert "2.20 (2.10 to 2.30) times the wall time" in said[5]
+    assert "2.20 [2.10, 2.30] times the wall time" in said[5]
     assert said[6] == "warm after 3 runs"
 
 

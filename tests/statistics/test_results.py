@@ -51,8 +51,8 @@ def test_above_and_below_exclude_each_other(value: float, half: float, x: float)
 
 def test_the_printed_form_shows_what_is_missing() -> None:
     e = Estimate(0.5, -0.001, None, 0.95, 10, "t", "too few")
-    assert f"{e:.0%}" == "50% (0% to ?)"
-    assert str(e) == "0.5 (-0.001 to ?); too few"
+    assert f"{e:.0%}" == "50% [0%, ?]"
+    assert str(e) == "0.5 [-0.001, ?]; too few"
     assert f"{Estimate(None, None, None, 0.95, 1, 'none')}" == "? (no interval)"
 
 

@@ -81,7 +81,7 @@ class Novelty:
     def _sentence(self, value: float | None, low: float | None, high: float | None) -> str:
         found = f"{value:.3g} ms"
         if low is not None and high is not None:
-            found += f" ({low:.3g} to {high:.3g})"
+            found += f" [{low:.3g}, {high:.3g}]"
         found += f" beside {float(np.median(self.again_ms)):.3g} ms, {len(self.first_ms)} pairs"
         if not self.costs:
             return f"a {self.of} met for the first time costs nothing to speak of here: {found}"

@@ -108,7 +108,7 @@ def compare_paired(
     --------
     >>> baseline = np.tile([100.0, 101.0, 99.0, 100.5, 99.5], 4)
     >>> print(compare_paired(baseline, 1.1 * baseline[::-1]))
-    SLOWER: ratio 1.100 (1.098 to 1.102), 20 pairs, differences under 0.2% cannot be seen
+    SLOWER: ratio 1.100 [1.098, 1.102], 20 pairs, differences under 0.2% cannot be seen
     >>> compare_paired(baseline, baseline).verdict
     'SAME'
     """
@@ -145,7 +145,7 @@ def paired_difference(baseline: ArrayLike, candidate: ArrayLike, level: float = 
     Examples
     --------
     >>> print(paired_difference([10.0, 12.0, 11.0], [30.0, 32.1, 31.2]))
-    20.12 (19.9 to 20.34)
+    20.12 [19.9, 20.34]
     """
     before, after = as_pairs(("baseline", "candidate"), baseline, candidate)
     if min(before.min(), after.min()) > 0:
@@ -223,7 +223,7 @@ def compare_tables(
     >>> after = pd.DataFrame({"request_id": list("abd"), "T_total": [5.5, 10.5, 7.0]})
     >>> found = compare_tables(before, after)
     >>> print(found.components["T_total"])
-    FASTER: ratio 0.500 (0.500 to 0.500), 2 pairs, differences under 0.0% cannot be seen
+    FASTER: ratio 0.500 [0.500, 0.500], 2 pairs, differences under 0.0% cannot be seen
     >>> found.unmatched_baseline, found.unmatched_candidate
     (('c',), ('d',))
     """
@@ -419,7 +419,7 @@ def a_a_false_alarms(
     >>> rng = np.random.default_rng(0)
     >>> found = a_a_false_alarms(rng.lognormal(3, 0.1, (200, 2, 20)))
     >>> found.alarms, f"{found.share:.3f}"
-    (9, '0.045 (0.021 to 0.084)')
+    (9, '0.045 [0.021, 0.084]')
     """
     seen = [compare_paired(a, b, level).different for a, b in comparisons]
     if not seen:

@@ -52,7 +52,7 @@ class LinearFit(Result):
         """Return the line at `x1` over the line at `x0`, by the delta method.
 
         >>> print(linear_fit([0, 1, 2, 3], [10.0, 11.0, 12.0, 13.0]).growth(0, 10))
-        2 (2 to 2); every point lies on the fit
+        2 [2, 2]; every point lies on the fit
         """
         ends = _with_ones(np.array([x0, x1], float))
         start, end = self.solution.predict(ends)
@@ -144,7 +144,7 @@ def linear_fit(
     --------
     >>> fit = linear_fit([1, 2, 3, 4, 5], [12.1, 13.9, 16.2, 17.8, 20.1])
     >>> f"{fit.slope:.2f}", f"{fit.r_squared:.3f}"
-    ('1.99 (1.77 to 2.21)', '0.997')
+    ('1.99 [1.77, 2.21]', '0.997')
     """
     x, y = as_pairs(("x", "y"), x, y)
     solution = _solve(_with_ones(x), y, ("intercept", "x"), clusters, level)
@@ -232,7 +232,7 @@ def marginal_change(
     --------
     >>> x = np.arange(1.0, 9)
     >>> f"{marginal_change(x, 50 + 3 * x):.2f}", f"{marginal_change(x, 50 + x**2):.2f}"
-    ('0.00 (0.00 to 0.00)', '1.56 (1.56 to 1.56)')
+    ('0.00 [0.00, 0.00]', '1.56 [1.56, 1.56]')
     """
     x, y = as_pairs(("x", "y"), x, y)
     weight = relative_weights(x, y)

@@ -85,7 +85,7 @@ def floor_and_line(
     >>> ms = np.maximum(20, 20 + 0.02 * (tokens - 650)) + np.tile([0.05, -0.05], 13)
     >>> found = floor_and_line(tokens, ms)
     >>> found.holds, f"{found.free:.0f}"
-    ('floor and line', '650 (647 to 653)')
+    ('floor and line', '650 [647, 653]')
     """
     x, y = as_pairs(("x", "y"), x, y)
     as_pairs(("y", "y"), y, y, positive=True)

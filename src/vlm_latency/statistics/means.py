@@ -60,9 +60,9 @@ def mean_estimate(
     Examples
     --------
     >>> print(mean_estimate([9.0, 10.0, 11.0, 10.5, 9.5]))
-    10 (9.018 to 10.98)
+    10 [9.018, 10.98]
     >>> print(mean_estimate([7.0, 7.0, 7.0]))
-    7 (7 to 7); nothing varies among the 3 values
+    7 [7, 7]; nothing varies among the 3 values
     """
     values = as_values("values", values)
     codes = as_codes(clusters, values.size)
@@ -101,7 +101,7 @@ def ratio_estimate(
     Examples
     --------
     >>> print(ratio_estimate([2.0, 4.0, 6.0], [4.0, 8.0, 12.0]))
-    0.5 (0.5 to 0.5); nothing varies among the 3 values
+    0.5 [0.5, 0.5]; nothing varies among the 3 values
     """
     a, b = as_pairs(("numerator", "denominator"), numerator, denominator)
     codes = as_codes(clusters, a.size)

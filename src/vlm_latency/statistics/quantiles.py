@@ -73,7 +73,7 @@ def percentile(
     >>> e.low, e.high, e.note
     (195.0, None, 'the upper bound of P99 needs n >= 368 (found 200)')
     >>> f"{percentile(np.arange(1.0, 201.0), 50):.1f}"
-    '100.5 (86.0 to 115.0)'
+    '100.5 [86.0, 115.0]'
     """
     p = _probability(q)
     ordered = np.sort(as_values("values", values))
@@ -130,7 +130,7 @@ def tail_ratio(
     Examples
     --------
     >>> print(tail_ratio([5.0] * 10))
-    1 (1 to 1); nothing varies among the 10 values
+    1 [1, 1]; nothing varies among the 10 values
     """
     values = as_values("values", values, positive=True)
     if values.size > 1 and np.ptp(values) <= ROUNDING * values.max():

@@ -81,7 +81,7 @@ class Estimate(Result):
     --------
     >>> e = Estimate(12.34, 11.96, 12.81, 0.95, 40, "t")
     >>> f"{e:.1f} ms"
-    '12.3 (12.0 to 12.8) ms'
+    '12.3 [12.0, 12.8] ms'
     >>> e.above(11.5), e.below(12.5)
     (True, False)
     """
@@ -117,7 +117,7 @@ class Estimate(Result):
 
         if self.low is None and self.high is None:
             return f"{shown(self.value)} (no interval)"
-        return f"{shown(self.value)} ({shown(self.low)} to {shown(self.high)})"
+        return f"{shown(self.value)} [{shown(self.low)}, {shown(self.high)}]"
 
     def __str__(self) -> str:
         return format(self) + (f"; {self.note}" if self.note else "")

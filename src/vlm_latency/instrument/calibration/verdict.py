@@ -151,4 +151,4 @@ def _shown(estimate: Found, spec: str) -> str:
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
     if low is None or high is None:
         return f"{value:{spec}} (no interval)"
-    return f"{value:{spec}} ({low:{spec}} to {high:{spec}})"
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"

@@ -260,7 +260,7 @@ def fail_if_slower(settings: Options, result: dict[str, Any], page: str) -> bool
         if low is not None and low > 1 + limit / 100:
             raise MeasurementError(
                 f"{name} is slower than {result['baseline']}: T_total × {ratio['value']:.3f} "
-                f"({low:.3f} to {ratio['high']:.3f}), and compare.fail_if_slower={limit:g} allows "
+                f"[{low:.3f}, {ratio['high']:.3f}], and compare.fail_if_slower={limit:g} allows "
                 f"{1 + limit / 100:.3f}"
             )
     return True
