@@ -184,13 +184,28 @@ def test_sizes_of_a_processor_that_would_take_all_memory_are_refused(said):
         check_sizes(said)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"image_processor": {"size": {"shortest_edge": 256 * 28 * 28, "longest_edge": 2**24}}},
+        {"image_processor": {"min_pixels": 147_456, "size": {"longest_edge": 1}}},
+        {"image_processor": {"max_patches": 4096}},
+        {"text_config": {"conv1d_width": 4}, "grid_width": 4, "pooling_kernel_height": 2},
+    ],
+)
+def test_sizes_that_models_and_processors_have_are_taken(said):
+    check_sizes(said)
+
+
 def test_sizes_of_the_zoo_and_of_the_users_zoo_file_are_looked_at_too(tmp_path):
     own = {
         "model_type": "llava",
         "text_config": {"model_type": "llama", "num_hidden_layers": 10**9},
     }
     (tmp_path / "zoo.yml").write_text(json.dumps({"models": {"mine": {"config": own}}}))
-    with pytest.raises(ModelError, match=r"mine is not valid: num_hidden_layers=1,000,000,000"):
+    with pytest.raises(
+        ModelError, match=r"mine is not valid: text_config.num_hidden_layers=1,000,000,000"
+    ):
         describe(ModelOptions(name="mine", zoo_file=str(tmp_path / "zoo.yml")))
 
 

@@ -312,13 +312,14 @@ def pretrained_preparer(
             cls = _without_video(_from_transformers(known, config.model_type))
             backend = {} if is_torchvision_available() else {"backend": "pil"}
             processor = cls.from_pretrained(path, **backend, **where)
-        check_sizes(processor.to_dict())  # which a tokenizer alone does not have
+        settings = processor.to_dict()  # which a tokenizer alone does not have
     except Exception as error:  # a file of any content, read by any family's code
         raise ModelError(
             f"the processor of {path} does not load; expected the files of its tokenizer "
             "(tokenizer.json) and image processor (preprocessor_config.json) beside config.json: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from None
+    check_sizes(settings)
     return wrap_processor(processor, config, family)
 
 

@@ -13,16 +13,18 @@ from vlm_latency.errors import ModelError
 _LIMITS = tuple(
     (re.compile(name), most)
     for name, most in (
-        (r"(layers?|depths?|blocks|num_crops|max_crops|max_patches)$", 1_000),
-        (r"(experts|image_size|height|width)$", 16_384),
-        (r"(shortest_edge|min_pixels)$", 2**17),  # to which a small image is enlarged
+        (r"(layers?|depths?|blocks|num_crops|max_crops)$", 1_000),
+        (r"(experts|image_size|height|width|max_patches)$", 16_384),
+        (r"(shortest_edge|min_pixels)$", 2**18),  # to which a small image is enlarged
         (r"(image_seq_len|image_seq_length|num_image_tokens)$", 2**17),  # marks in a prompt
         (r"(vocab_size|positions?|embeddings|length|pixels|edge|theta|id|ids|tokens?)$", 2**31),
         (r"(size|dim|channels|heads|groups|d_model|d_ff)$", 2**20),
         (r"", 2**53),
     )
 )
-_SIDE = re.compile(r"(edge|height|width)$")  # of an image or of its parts, pixels
+_SIDE = re.compile(
+    r"\b(height|width|shortest_edge|max_image_size\.longest_edge)$"
+)  # of an image or of its parts, pixels
 _LEAST = 8  # an image in parts of one pixel each takes all memory
 _PER_LAYER = re.compile(r"(layer_types|depths|layers_block_type)$")  # lists with an item per layer
 _MAX_DEPTH = 20  # of dicts within dicts
@@ -50,7 +52,7 @@ def _numbers(tree: Mapping[str, Any], depth: int) -> Iterator[tuple[str, int]]:
         raise ModelError(f"dicts within dicts, deeper than {_MAX_DEPTH}")
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, depth - 1)
+            yield from ((f"{name}.{key}", size) for key, size in _numbers(value, depth - 1))
         elif isinstance(value, list):
             if _PER_LAYER.search(str(name)):
                 yield f"{name}, in layers", len(value)
