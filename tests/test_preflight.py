@@ -106,7 +106,7 @@ def test_a_folder_belongs_to_one_protocol(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_dataset(tmp_path: Path) -> None:
     left(tmp_path, "exp1", split="train")
     (told,) = refusals(tmp_path, experiments=["exp4", "exp3"], runs_model=True)
-    assert "by another dataset: exp1 of synthetic (train); this command" in told
+    assert "on another dataset: exp1 of synthetic (train); this command" in told
     assert "synthetic (validation): give it a folder" in told
     assert checked(tmp_path, ["exp1", "exp4"], runs_model=True)
     assert checked(tmp_path, ["exp3"], runs_model=True)  # which asks no questions

@@ -10,7 +10,15 @@ import pandas as pd
 import pytest
 
 from vlm_latency.errors import DataError
-from vlm_latency.results import FILES, entry_table, read_earlier, read_json, read_result, read_run
+from vlm_latency.results import (
+    FILES,
+    entry_table,
+    questions_of,
+    read_earlier,
+    read_json,
+    read_result,
+    read_run,
+)
 
 
 def write(path: Path, data: Any) -> Path:
@@ -161,3 +169,16 @@ def test_the_seeds_own_result_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_text(json.dumps({"results": [{"grid": "1×2", "T_total": 1.0}]}))
     assert read_earlier(path, "exp3")["results"][0]["grid"] == "1×2"
+
+
+def test_a_dataset_is_one_by_whichever_path_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+
+    def asked(path: Path, **more: str) -> str:
+        about = {"source": "folder", "split": "validation", "path": str(path), **more}
+        return questions_of({"dataset": about})
+
+    assert asked(tmp_path / "data") == asked(tmp_path / "link" / ".." / "data")
+    assert asked(tmp_path / "data") == asked(tmp_path / "link")
+    assert asked(tmp_path / "data") != asked(tmp_path / "data", questions_file="other.jsonl")

@@ -137,6 +137,13 @@ def test_the_commands_ask_for_what_was_measured(tool: Any, runs: Any, folder: st
     assert sorted(found) == sorted(run.results)
 
 
+def test_the_remark_on_clocks_holds() -> None:
+    rows = RUNS[(RUNS["study_run"] == "molmo-7b-d-loop-paper") & (RUNS["experiment"] == "exp1")]
+    marked = rows["outlier_cause"] == "clock drop or throttling"
+    assert (marked.sum(), len(rows)) == (2026, 5250)
+    assert not (rows["sm_clock_mhz"][marked] < 0.97 * rows["sm_clock_mhz"].median()).all()
+
+
 REDUCED = [folder for folder in FOLDERS if (STUDY / folder / "exp6").is_dir()]
 
 

@@ -16,6 +16,7 @@ from gather import gather, shrink
 from vlm_latency.pipelines.compare.nodes import side_by_side
 from vlm_latency.pipelines.reporting.exp6 import SHOWN
 from vlm_latency.pipelines.reporting.results import marks
+from vlm_latency.plots.explanation import explanation
 from vlm_latency.plots.first_and_next import first_and_next
 from vlm_latency.plots.reduction import claimed_and_measured
 from vlm_latency.plots.style import FigureContext, Style
@@ -53,16 +54,21 @@ def draw() -> None:
     first_and_next(found, context, style).savefig(STUDY / page.FIRST)
     shown = [Run(run.label, run.tables, {}) for run in runs]
     for run in ev.load(STUDY):
-        if result := run.results.get("exp6"):
+        for name, figure in page.FIGURES.items():
+            if (result := run.results.get(name)) is None:
+                continue
             told = FigureContext(
                 environment_line=result["environment"]["line"],
                 marks=marks(result),
                 model=run.label,
                 finding=result["finding"],
             )
-            drawn = claimed_and_measured(result["results"], SHOWN, told, style)
-            drawn.savefig(path := STUDY / run.name / "exp6" / page.REDUCED)
-            shrink(path, path)
+            if name == "exp6":
+                drawn = claimed_and_measured(result["results"], SHOWN, told, style)
+            else:
+                drawn = explanation(result["results"], result["statistics"], told, style)
+            drawn.savefig(path := STUDY / run.name / name / figure)
+            shrink(path)
     for name, drawn in side_by_side(shown, context, style).items():
         drawn.savefig(STUDY / page.SIDE_BY_SIDE[name][0])
 

@@ -15,8 +15,6 @@ from vlm_latency.records import COST_COLUMNS, MEASURED_COLUMNS, typed
 from vlm_latency.results import POOLED, read_json, result_path
 
 LIMIT = 10_000_000  # bytes, of the whole published folder
-# Figures of one run that the page shows.
-FIGURES = {"explain": ("explain.png",)}
 COLOURS = 128  # of a published figure: a third of the bytes
 # An entry of these is a question; its runs are in the table.
 OF_QUESTIONS = ("exp1", "exp2")
@@ -49,8 +47,6 @@ def gather(folder: Path, study: Path) -> None:
             target = result_path(study / run.name, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             write(target, slim(read_json(path), name))
-            for figure in FIGURES.get(name, ()):
-                shrink(run / name / "figures" / figure, target.parent / figure)
             if name in measured():
                 records = pd.read_parquet(run / name / f"{name}_records.parquet")
                 tables.append(records.assign(study_run=run.name))
@@ -78,9 +74,9 @@ def gather(folder: Path, study: Path) -> None:
         raise SystemExit(f"{study} holds {size:,} bytes; expected at most {LIMIT:,}")
 
 
-def shrink(figure: Path, target: Path) -> None:
-    """Write a figure with few colours, which nobody sees."""
-    Image.open(figure).convert("RGB").quantize(COLOURS).save(target, optimize=True)
+def shrink(figure: Path) -> None:
+    """Leave a figure few colours, which nobody sees."""
+    Image.open(figure).convert("RGB").quantize(COLOURS).save(figure, optimize=True)
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -100,9 +96,6 @@ def _complete(runs: list[Path]) -> None:
     for run in runs:
         there = [name for name in studies() if result_path(run, name).is_file()]
         needed = [run / name / f"{name}_records.parquet" for name in there if name in measured()]
-        needed += [
-            run / name / "figures" / file for name in there for file in FIGURES.get(name, ())
-        ]
         if missing := [str(path) for path in needed if not path.is_file()]:
             raise SystemExit(f"{run} lacks {', '.join(missing)}; nothing was published")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import evidence as ev
 from evidence import StudyRun
-from gather import FIGURES
 
 from vlm_latency.experiments import EXPERIMENTS
 from vlm_latency.pipelines.reporting.results import marks
@@ -26,14 +25,18 @@ SIDE_BY_SIDE = {
 REMARKS = {
     "molmo-7b-d-loop": "one prefill of exp2 and one of exp3 (64 ms) hold the capture of a CUDA graph, which today's "
     "warm-up makes before",
-    "molmoe-1b-eager": "its prefill gets shorter with more vision tokens since launches bound it: the host is done with "
+    "molmoe-1b-eager": "its prefill gets shorter with more vision tokens while launches bound it (at 544 tokens the device "
+    "idles during 55 % of it, at 704 during 20 %): the host is done with "
     "the encoder before the device is, and the more so the more crops there are, so that the prefill's launches are "
     "partly hidden behind it; the host spends as long on the prefill of 12 crops as on that of one",
+    "molmo-7b-d-loop-paper": "2,026 of the 5,250 runs of exp1 are marked for a clock under 97 % of the highest one; today's "
+    "rule compares with the median, as a GPU at its power limit varies by that much all the time",
     "qwen2.5-vl-7b-loop": "its vision encoder computes what depends on its inputs' values, is not compiled and is bound "
-    "by launches: it took longer than in the eager run, on a slower host",
+    "by launches in the eager run: it took longer than in the eager run, on a slower host",
 }
 SHARED = "runs beside 16 of 32 cores were made two at a time, each on a GPU and on half of the cores of one host"
-REDUCED = "exp6_token_reduction.png"
+# Figures of one run that the page shows.
+FIGURES = {"explain": "explain.png", "exp6": "exp6_token_reduction.png"}
 FEW = 4  # numbers of a claim that its cell shows
 NOT_MEASURED = "not measured"
 PLANNED = {
@@ -264,7 +267,7 @@ def reductions(runs: list[StudyRun]) -> str:
             head += [f"{run.model['engine']}: first token", f"{run.model['engine']}: total"]
         said = [f"* **{run.label}:** {run.results['exp6']['finding']}." for run in same]
         quiet = same[-1]
-        figure = f"![{quiet.label}](study/{quiet.name}/exp6/{REDUCED})"
+        figure = f"![{quiet.label}](study/{quiet.name}/exp6/{FIGURES['exp6']})"
         parts += ["\n".join(said), figure, table(head, rows)]
     return "\n\n".join(parts)
 
@@ -280,6 +283,7 @@ def bound_table(runs: list[StudyRun]) -> str:
     rows = [
         [
             run.label,
+            str(run.results["explain"]["results"][0]["num_vision_tokens"]),
             name,
             interval(part["wall"], "ms"),
             f"{number(part['busy'])} ms",
@@ -293,6 +297,7 @@ def bound_table(runs: list[StudyRun]) -> str:
     ]
     head = [
         "model, engine",
+        "vision tokens",
         "component",
         "wall",
         "busy",
@@ -302,7 +307,7 @@ def bound_table(runs: list[StudyRun]) -> str:
         "roofline says",
     ]
     figures = [
-        f"![{run.label}](study/{run.name}/explain/{FIGURES['explain'][0]})"
+        f"![{run.label}](study/{run.name}/explain/{FIGURES['explain']})"
         for run in runs
         if "explain" in run.results
     ]
@@ -496,7 +501,7 @@ def data_card(runs: list[StudyRun]) -> str:
   the folder, `experiment` the experiment, the others are [the record's columns](../columns.md). Nothing was edited or rounded.
 * `<run>/<experiment>/*.json`: statistics with their intervals, claims with their rules, options and conditions;
   exp1 to exp5 are reported from `runs.parquet`. Left out were absolute paths, the host's process, bands of figures, generated texts, and of the entries of exp1 and exp2
-  all but T_total: they are means of the runs in the table.
+  all but which request it is and T_total: they are means of the runs in the table.
 * `gather.py`, `again.py`, `evidence.py`, `page.py`: `python docs/study RUNS_FOLDER` publishes the folders below `RUNS_FOLDER` (each an
   `output_dir`) beside these, or in place of those of the same name; `python docs/study` writes the texts again. `kedro run --pipeline compare` and
   `vlm_latency.results.read_run` read `docs/study/<run>` as they read an `output_dir`.

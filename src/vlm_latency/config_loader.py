@@ -15,6 +15,7 @@ from kedro.config import OmegaConfigLoader
 from kedro.io import CatalogConfigResolver, DataCatalog
 from omegaconf import OmegaConf
 
+from vlm_latency.errors import UserError
 from vlm_latency.experiments import measured
 from vlm_latency.options import Options
 
@@ -53,7 +54,13 @@ class ConfigLoader(OmegaConfigLoader):
         OmegaConf.register_new_resolver("experiments", self._by_experiment, replace=True)
 
     def __getitem__(self, key: str) -> dict[str, Any]:
-        found: dict[str, Any] = super().__getitem__(key)
+        try:
+            found: dict[str, Any] = super().__getitem__(key)
+        except TypeError as error:  # of OmegaConf, where a list meets a group
+            raise UserError(
+                "a parameter is given as a group of parameters and elsewhere as a list, such as "
+                f"exp6.keep.a=1 for exp6.keep='0.5 0.25' ({error}); kedro options lists them all"
+            ) from None
         if key == "parameters":
             return dict(shown(found))
         if key != "catalog":

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,13 @@ class Memory:
         kind
             The folder below the cache folder.
         given
-            All that what is remembered follows from, beside the versions of torch and transformers
-            and this package's code that knows models: their hash is the file's name.
+            All that what is remembered follows from, beside the versions of torch, transformers and
+            Pillow, whether torchvision is there, and this package's code that knows models: their hash is the file's name.
         """
         if (folder := cache_folder()) is None:
             return cls(None, sections)
         known = json.dumps(
-            [*given, version("torch"), version("transformers"), _source()],
+            [*given, *map(version, ("torch", "transformers", "pillow")), _source()],
             sort_keys=True,
             default=str,
         )
@@ -147,6 +148,8 @@ class Memory:
 def _source() -> str:
     """Hash of the code that knows models: what an older version found is not taken for this one's."""
     digest = hashlib.sha256()
+    digest.update(str(find_spec("torchvision") is not None).encode())
+    digest.update((files("vlm_latency") / "records.py").read_bytes())
     for package in ("costs", "models", "molmo"):
         folder = files("vlm_latency") / package
         for file in sorted(folder.iterdir(), key=lambda file: file.name):

@@ -143,7 +143,11 @@ def questions_of(environment: Any) -> str:
     about = environment.get("dataset") if isinstance(environment, dict) else None
     if not isinstance(about, dict) or not about.get("source"):
         return ""
-    if which := about.get("path") or about.get("hub_id"):
+    if path := about.get("path"):
+        which = str(Path(path).resolve() / (about.get("questions_file") or ""))
+    else:
+        which = about.get("hub_id")
+    if which:
         return f"{which} ({about['source']}, {about.get('split')})"
     return f"{about['source']} ({about.get('split')})"
 

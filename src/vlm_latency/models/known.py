@@ -97,8 +97,8 @@ class KnownArchitecture(Architecture):
         return [(width, height) for width, height in found]
 
     def _count_image(self, width: int, height: int) -> TokenCounts:
-        if self.tiles is not None or len(self._memory["facts"]) > _MOST_SIZES:
+        name, facts = f"{width}x{height}", self._memory["facts"]
+        if self.tiles is not None or (name not in facts and len(facts) > _MOST_SIZES):
             return super()._count_image(width, height)
-        name = f"{width}x{height}"
         found = self.once(name, lambda: asdict(self._whole.image_tokens(width, height)))
         return TokenCounts(**found)

@@ -80,7 +80,7 @@ def _speed_ups(
     axes: Axes, entries: Sequence[dict[str, Any]], component: str, look: dict[str, Any]
 ) -> None:
     drawn, seen, beside = [1.0], [1.0], Counter[float]()
-    step = 0.014 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
+    step = 0.012 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
     for entry in entries:
         claimed, found = entry["claimed"]["speed_up"], entry["measured"].get(component)
         if claimed is None or found is None or not ends(found["speed_up"])[0] > 0:

@@ -121,7 +121,9 @@ def linearity_test(
                 0.0, None, method, "replicates do not vary, and their means leave the line"
             )
         F = (lack / (levels - 2)) / (pure / (n - levels))
-        return result(float(scipy.special.fdtrc(levels - 2, n - levels, F)), float(F), method)
+        return result(
+            float(scipy.special.fdtrc(levels - 2, n - levels, max(F, 0))), float(F), method
+        )
     if n < POINTS:
         return result(None, None, "none", f"{n} points without replicates; needs {POINTS}")
     order = np.argsort(x, kind="stable")
@@ -242,7 +244,7 @@ def staircase(
     p_value = None
     if rank > line_rank:
         F = ((line_rss - rss) / (rank - line_rank)) / (rss / (n - rank))
-        p_value = float(scipy.special.fdtrc(rank - line_rank, n - rank, F))
+        p_value = float(scipy.special.fdtrc(rank - line_rank, n - rank, max(F, 0)))
     return Staircase(verdict, aicc, r_squared, p_value, points, n, "AICc; F test over the line")
 
 

@@ -20,7 +20,8 @@ NORMAL = 0.6744897501960817  # the median of a standard normal variable's absolu
 # A host whose fixed piece of work takes this much longer than in its quickest tenth is slow: a
 # quick one varies by 10 %, and a shared one may be slow for more than half of the time.
 SLOW_HOST, QUICK_TENTH = 1.3, 0.1
-# A clock that runs this much under the highest of the table has dropped.
+# A clock that runs this much under the median of the table has dropped: one that boosts, or runs at
+# its power limit, varies by a few per cent all the time.
 CLOCK_DROP = 0.97
 # What the driver names at a full clock too: a limit that is near does not slow the clock yet.
 HARMLESS = {"sw_power_cap"}
@@ -57,7 +58,7 @@ def mark_outliers(
         whether it was slow for it or not. The cause comes from columns that hold no time of the
         run itself, and is the first that applies of "first of shape" (`first_of_shape`, of an
         outlier), "first visit of a length" (`first_of_length`, `new_kv_lengths`), "clock drop or
-        throttling" (`sm_clock_mhz` under 97 % of its highest, or a reason in `throttle_reasons`
+        throttling" (`sm_clock_mhz` under 97 % of its median, or a reason in `throttle_reasons`
         other than a software power cap, which is named at a full clock too), "slow host"
         (`host_canary_ms` above 130 % of its quickest tenth), "involuntary context switches"
         (`involuntary_switches`) and "steal time" (`steal_ms`), both more than usual for its shape
@@ -123,7 +124,7 @@ def _slow_clock(df: pd.DataFrame) -> pd.Series:
     slow = pd.Series(False, index=df.index)
     if "sm_clock_mhz" in df:
         clock = df["sm_clock_mhz"].astype(float)
-        slow |= clock < CLOCK_DROP * clock.max()
+        slow |= clock < CLOCK_DROP * clock.median()
     if "throttle_reasons" in df:
         reasons = df["throttle_reasons"].fillna("").astype(str).str.split(",")
         slow |= reasons.map(lambda names: bool(set(names) - HARMLESS - {""}))
