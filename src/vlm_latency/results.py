@@ -143,10 +143,9 @@ def questions_of(environment: Any) -> str:
     about = environment.get("dataset") if isinstance(environment, dict) else None
     if not isinstance(about, dict) or not about.get("source"):
         return ""
-    if path := about.get("path"):
-        which = str(Path(path).resolve() / (about.get("questions_file") or ""))
-    else:
-        which = about.get("hub_id")
+    path, which = about.get("path"), about.get("hub_id")
+    if path:
+        which = Path(path).resolve() / (about.get("questions_file") or "")
     if which:
         return f"{which} ({about['source']}, {about.get('split')})"
     return f"{about['source']} ({about.get('split')})"
