@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,12 @@ def surprises(runs: list[StudyRun]) -> str:
 def _new_lengths(run: StudyRun) -> str | None:
     lengths = run.statistics("exp1", "new_lengths") or {}
     parts = [lengths.get(part) or {} for part in ("prompt", "key")]
-    return "; ".join(part["sentence"] for part in parts if part.get("costs")) or None
+    return _brackets("; ".join(part["sentence"] for part in parts if part.get("costs"))) or None
+
+
+def _brackets(sentence: str) -> str:
+    """Write the intervals of a stored sentence, "(a to b)" when it was made, as the page does."""
+    return re.sub(r"\((\S+) to (\S+)\)", r"[\1, \2]", sentence)
 
 
 def _floor(run: StudyRun) -> str | None:
@@ -316,7 +322,7 @@ def bound_table(runs: list[StudyRun]) -> str:
 
 def calibrations(runs: list[StudyRun]) -> str:
     return "\n".join(
-        f"* **{run.label}:** {'; '.join(run.results['calibration']['verdict'])}."
+        f"* **{run.label}:** {_brackets('; '.join(run.results['calibration']['verdict']))}."
         for run in runs
         if "calibration" in run.results
     )
