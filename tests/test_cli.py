@@ -221,6 +221,7 @@ def test_an_output_folder_that_cannot_be_written(
         ("exp3.sampling.max_grid_size=13", "max_grid_size=13 is out of range"),
         ("exp3.sampling.sizes=big", "expected width x height"),
         ("exp4.sampling.tiling=5x5", "25 tiles"),
+        ("exp6.keep.a=1", "as a group of parameters and elsewhere as a list"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_the_first_experiment(

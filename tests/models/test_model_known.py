@@ -51,6 +51,14 @@ def test_what_is_remembered_is_what_the_model_says(
     assert said(pickle.loads(pickle.dumps(KnownArchitecture(options)))) == own
 
 
+def test_a_size_that_is_remembered_is_never_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ModelOptions(name="tiny-llava")
+    counts = KnownArchitecture(options).image_tokens(640, 480)
+    monkeypatch.setattr("vlm_latency.models.known._MOST_SIZES", 0)
+    monkeypatch.setattr("vlm_latency.models.known.describe", refuse)
+    assert KnownArchitecture(options).image_tokens(640, 480) == counts
+
+
 def test_another_option_version_or_zoo_is_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

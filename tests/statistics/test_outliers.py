@@ -25,6 +25,7 @@ def quiet(last: float) -> list[float]:
         ({"first_of_shape": [False] * 8 + [True]}, "first of shape"),
         ({"first_of_shape": pd.array([None] * 9, "boolean")}, "unexplained"),
         ({"sm_clock_mhz": [1980] * 8 + [1200]}, "clock drop or throttling"),
+        ({"sm_clock_mhz": [1980] + [1930] * 7 + [1900]}, "unexplained"),  # at its power limit
         ({"throttle_reasons": [""] * 8 + ["sw_thermal_slowdown"]}, "clock drop or throttling"),
         ({"throttle_reasons": ["sw_power_cap"] * 9}, "unexplained"),  # named at a full clock too
         (
