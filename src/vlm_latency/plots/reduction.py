@@ -55,7 +55,7 @@ def claimed_and_measured(
             [names[:2], names[2:4], *([["accuracy", "accuracy"]] if judged else [])],
             panel=(5.2, 3.3),
             reading="Above the dashed line a method wins more than its FLOPs promise; those of one claim "
-            "stand side by side, the first of them at it; whiskers, 95 % intervals, may leave the panel.",
+            "stand side by side around it; whiskers, 95 % intervals, may leave the panel.",
         )
         for name in components:
             if name in axes:
@@ -81,14 +81,19 @@ def _speed_ups(
 ) -> None:
     drawn, seen, beside = [1.0], [1.0], Counter[float]()
     step = 0.012 * (max(entry["claimed"]["speed_up"] or 1.0 for entry in entries) - 1)
-    for entry in entries:
-        claimed, found = entry["claimed"]["speed_up"], entry["measured"].get(component)
-        if claimed is None or found is None or not ends(found["speed_up"])[0] > 0:
-            continue
+    known = [
+        (entry, entry["claimed"]["speed_up"], found)
+        for entry in entries
+        if entry["claimed"]["speed_up"] is not None
+        and (found := entry["measured"].get(component)) is not None
+        and ends(found["speed_up"])[0] > 0
+    ]
+    equal = Counter(round(claimed, 3) for _, claimed, _ in known)
+    for entry, claimed, found in known:
         colour, marker = look[entry["method"]]
-        place = round(claimed, 3)  # of one claim side by side, to its left
+        place = round(claimed, 3)  # those of one claim stand side by side, it is in their middle
         axes.errorbar(
-            claimed - step * beside[place],
+            claimed + step * (beside[place] - (equal[place] - 1) / 2),
             ends(found["speed_up"])[0],
             yerr=whiskers(found["speed_up"]),
             fmt=marker,
