@@ -177,18 +177,16 @@ def _alike(root: Path, options: Options, experiments: list[str], questions: Any)
     }
     protocols = {n: str(result["protocol"] or "") for n, result in others.items()}
     asked = {n: questions_of(result["environment"]) for n, result in others.items() if n in asking}
-    for what, own, found in (
-        ("by another protocol", options.protocol, protocols),
-        (
-            "on another dataset",
-            questions_of({"dataset": about}),
-            asked if asking & {*experiments} else {},
-        ),
+    if not asking & {*experiments}:
+        asked = {}
+    for how, what, own, found in (
+        ("by", "protocol", options.protocol, protocols),
+        ("on", "dataset", questions_of({"dataset": about}), asked),
     ):
         if told := _others(found, own):
             raise DataError(
-                f"output_dir {root} has results {what}: {told}; this command measures "
-                f"{what[:2]} {own}: give it a folder of its own, output_dir="
+                f"output_dir {root} has results {how} another {what}: {told}; this command measures "
+                f"{how} {own}: give it a folder of its own, output_dir="
                 f"{root.with_name(_folder_name(root.name, own))}"
             )
 

@@ -130,23 +130,15 @@ def attack(name: str, folder: Path, made: Any, times: int, seed: int) -> None:
     assert seen == {"right", "refused"}
 
 
+@pytest.mark.parametrize("times", [12, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", JOBS)
 def test_a_changed_result_is_computed_with_or_refused(
     name: str,
+    times: int,
     tmp_path: Path,
     measured: Any,  # noqa: F811
 ) -> None:
-    attack(name, tmp_path / "run", measured, times=12, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", JOBS)
-def test_many_changed_results_are_computed_with_or_refused(
-    name: str,
-    tmp_path: Path,
-    measured: Any,  # noqa: F811
-) -> None:
-    attack(name, tmp_path / "run", measured, times=150, seed=1)
+    attack(name, tmp_path / "run", measured, times, seed=times)
 
 
 @pytest.mark.parametrize("value", [*INFINITE, 1e308, -1e308, -5.0, 0.0])

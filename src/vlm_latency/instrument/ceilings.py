@@ -29,7 +29,7 @@ CEILING_PERCENTILE = 90.0
 
 
 def ceilings(
-    device: torch.device | str, dtype: str, threads: int, seconds: float = 4.0
+    device: torch.device | str, dtype: str, threads: int, seconds: float
 ) -> dict[str, object]:
     """Measure the roofs of the roofline model on a device.
 

@@ -22,9 +22,8 @@ _LIMITS = tuple(
         (r"", 2**53),
     )
 )
-_SIDE = re.compile(
-    r"\b(height|width|shortest_edge|max_image_size\.longest_edge)$"
-)  # of an image or of its parts, pixels
+# Of an image or of its parts, pixels.
+_SIDE = re.compile(r"\b(height|width|shortest_edge|max_image_size\.longest_edge)$")
 _LEAST = 8  # an image in parts of one pixel each takes all memory
 _PER_LAYER = re.compile(r"(layer_types|depths|layers_block_type)$")  # lists with an item per layer
 _MAX_DEPTH = 20  # of dicts within dicts
